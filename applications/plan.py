@@ -20,7 +20,7 @@ from training.plan import Assignment, read_plan, to_blocks, to_yaml
 from training.plan_checks import problems
 from training.planner.hardware import Cluster, cluster_here, profile_file
 from training.planner.options import EVERYTHING, Space, turned
-from training.planner.search import Found, Progress, deepspeed_chat_plan, megatron_plan, search
+from training.planner.search import PlanResult, Progress, deepspeed_chat_plan, megatron_plan, search
 from training.planner.table import PlanTable
 from training.run_directory import RunDirectory
 
@@ -72,7 +72,7 @@ def searched(
     """The best plan of a space, by default of what this runtime can run. Where training can equal generation to the
     bit, one by which it does, if any fits. Raises UserError where none fits or runs."""
     space = space or Space(runs=request.runs)
-    results: list[Found] = []
+    results: list[PlanResult] = []
     if request.expects_exactness(degree=1):
         runs = space.runs
 

@@ -201,11 +201,16 @@ def fastest(comparisons: list[dict[str, Any]]) -> dict[str, Any] | None:
     return min(comparisons, key=lambda each: each["phases"]["total"]["peer"], default=None)
 
 
+NOTHING = 0.01
+"""Seconds of a phase that has nothing to do, as scoring without KL."""
+
+
 def cell(found: dict[str, Any] | None) -> str:
     if found is None:
         return "-"
     phases = found["phases"]
-    parts = [f"{name} {phases[name]['ratio']:.2f}" for name in PHASES[:3] if "generate" in phases]
+    named = PHASES[:3] if "generate" in phases else ()
+    parts = [f"{name} {phases[name]['ratio']:.2f}" for name in named if phases[name]["ours"] > NOTHING]
     form = found["form"].removesuffix(MENDED)
     return f"**{phases['total']['ratio']:.2f}** ({form}{': ' if parts else ''}{', '.join(parts)})"
 

@@ -22,9 +22,9 @@ from pathlib import Path
 from benchmarks.fused_replay import check, replay
 from training.pictures import Bar, Panel, gantt_svg
 from training.planner.fusion.event_loop import PER_DEVICE, PER_MODEL, EventLoop, Rule
-from training.planner.fusion.instance import FORWARD, KINDS, MODELS, ROUNDING, Instance, Pipeline
+from training.planner.fusion.problem import FORWARD, KINDS, MODELS, ROUNDING, Pipeline, SchedulingProblem
 from training.planner.fusion.schedule import Schedule, serial_1f1b, timed
-from training.planner.fusion.search import SECONDS, Outcome, find_schedule
+from training.planner.fusion.search import SECONDS, ScheduleResult, find_schedule
 
 SECONDS_TARGET, MEMORY_TARGET = 20, 1.10
 BACKWARD_TO_FORWARD = 2
@@ -42,10 +42,10 @@ COLOURS = {
 
 @dataclass(frozen=True)
 class Row:
-    """An instance and what was published about it; NaN where nothing was."""
+    """A problem and what was published about it; NaN where nothing was."""
 
     name: str
-    instance: Instance
+    problem: SchedulingProblem
     serial: float
     greedy: float
     annealed: float
@@ -67,7 +67,7 @@ class Row:
 
         published = ("serial_1f1b", "greedy_published", "annealed_published", "lower_bound", "memory_serial")
         figures = [float(line.get(name) or math.nan) for name in (*published, "memory_annealed")]
-        return cls(line["id"], Instance(pipeline("a"), pipeline("b")), *figures)
+        return cls(line["id"], SchedulingProblem(pipeline("a"), pipeline("b")), *figures)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Result:
     row: Row
     serial: Schedule
     greedy: Schedule
-    outcome: Outcome
+    outcome: ScheduleResult
 
     @property
     def memory_factor(self) -> float:
@@ -107,15 +107,15 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def solve(row: Row, seed: int, seconds: float) -> Result:
-    outcome = find_schedule(row.instance, seed=seed, seconds=seconds)
+    outcome = find_schedule(row.problem, seed=seed, seconds=seconds)
     checked(outcome.schedule)
-    return Result(row, serial_1f1b(row.instance), interleaved_greedy(row.instance), outcome)
+    return Result(row, serial_1f1b(row.problem), interleaved_greedy(row.problem), outcome)
 
 
 def checked(schedule: Schedule) -> None:
     """By the second evaluator."""
     check(schedule)
-    found = replay(schedule.instance, schedule.orders)
+    found = replay(schedule.problem, schedule.orders)
     if differs(found[0], schedule.makespan) or differs(found[1], schedule.peak_memory):
         raise AssertionError(f"two evaluators disagree: {found} and {schedule.makespan, schedule.peak_memory}")
 
@@ -135,7 +135,7 @@ def line_of(cells: Sequence[str]) -> str:
 def print_result(result: Result) -> None:
     """Published figures stand behind ours; B is memory, `short` the time to the makespan: the rest went into memory."""
     row, outcome, fused = result.row, result.outcome, result.outcome.schedule
-    a, b = row.instance.models
+    a, b = row.problem.models
     figures = (
         *(result.serial.makespan, row.serial, result.greedy.makespan, row.greedy, fused.makespan, row.annealed),
         *(outcome.lower_bound, row.bound, result.serial.peak_memory, fused.peak_memory, row.memory_annealed),
@@ -172,7 +172,7 @@ def print_split(results: list[Result], share: float, seed: int, seconds: float) 
     print("  id    whole    split    bound   memory    split")
     for result in results:
         whole = result.outcome.schedule.split(share)
-        outcome = find_schedule(whole.instance, seed, seconds=seconds, start=whole)
+        outcome = find_schedule(whole.problem, seed, seconds=seconds, start=whole)
         split = outcome.schedule
         checked(split)
         figures = (whole.makespan, split.makespan, outcome.lower_bound, whole.peak_memory, split.peak_memory)
@@ -197,19 +197,19 @@ def picture(result: Result) -> str:
     return gantt_svg(panels, {kind: colour for kind, colour in COLOURS.items() if kind in shown}, unit="units")
 
 
-def interleaved_greedy(instance: Instance) -> Schedule:
+def interleaved_greedy(problem: SchedulingProblem) -> Schedule:
     """Whatever is ready starts: backwards first, and of what else is equal the model with more work on a device.
 
     As in RLHFuse's greedy schedule nothing holds forwards back, no memory cap either.
     """
-    boundless = replace(instance, memory_cap=math.inf)
+    boundless = replace(problem, memory_cap=math.inf)
     loop = EventLoop(boundless)
     count = len(loop.time)
     longest = max(loop.total) + 1
     priority = []
     for slot in range(count):
         device, (model, kind) = slot // PER_DEVICE, divmod(slot % PER_DEVICE, PER_MODEL)
-        a, b = (each.micro_batches * sum(instance.times(place, device)) for place, each in enumerate(instance.models))
+        a, b = (each.micro_batches * sum(problem.times(place, device)) for place, each in enumerate(problem.models))
         priority.append([2.0 * (kind == FORWARD) + (model != (a < b))] * longest)
     rule = Rule(priority, [longest] * count, [[math.inf] * longest] * count)
     state = loop.run(rule)

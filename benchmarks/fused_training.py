@@ -40,7 +40,7 @@ from training.pipelines.orders import (
     serial,
     timeline,
 )
-from training.planner.fusion.instance import BACKWARD, FORWARD, KINDS, Instance, Pipeline
+from training.planner.fusion.problem import BACKWARD, FORWARD, KINDS, Pipeline, SchedulingProblem
 from training.planner.fusion.search import QUICK, find_schedule
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def predicted(orders: Orders, seconds: Seconds) -> list[Event]:
     return timeline(orders, lambda rank, operation: seconds[rank, operation])
 
 
-def instance_of(roles: Mapping[str, Pipelines], seconds: Seconds) -> Instance:
+def problem_of(roles: Mapping[str, Pipelines], seconds: Seconds) -> SchedulingProblem:
     """Of mean seconds over the micro-batches; activations are counted, for memory does not bind here."""
 
     def mean(role: str, rank: int, kind: int) -> float:
@@ -205,7 +205,7 @@ def instance_of(roles: Mapping[str, Pipelines], seconds: Seconds) -> Instance:
         forward, backward = (tuple(mean(role, rank, kind) for rank in ranks) for kind in (FORWARD, BACKWARD))
         return Pipeline(len(ranks), roles[role].micro_batches, forward, backward, 1.0)
 
-    return Instance(pipeline("actor"), pipeline("critic"))
+    return SchedulingProblem(pipeline("actor"), pipeline("critic"))
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ class Measured:
         roles = training.roles
         orders = {"serial": serial(roles), "1f1b": one_forward_one_backward(roles)}
         seconds = medians([training.round(orders["1f1b"]) for _ in range(PROFILED + 1)][1:])
-        orders["fused"] = fused(roles, find_schedule(instance_of(roles, seconds), effort=QUICK).schedule)
+        orders["fused"] = fused(roles, find_schedule(problem_of(roles, seconds), effort=QUICK).schedule)
         done: dict[str, list[list[Event]]] = {name: [] for name in orders}
         for number in range(rounds):
             for name in list(orders)[number % 3 :] + list(orders)[: number % 3]:

@@ -25,10 +25,10 @@ from functools import cached_property
 from itertools import cycle
 from pathlib import Path
 
-from training.fusion.board import FusionPolicy
-from training.fusion.choice import FusionChoice, Setting
+from training.fusion.board import FusionPolicy, SampleLengths
+from training.fusion.choice import FusionChooser, Setting
 from training.fusion.costs import Costs, LengthStatistics
-from training.fusion.simulator import Job, Machine, SimulatedRollout, fused, serial
+from training.fusion.simulator import SimulatedRollout, SimulatorConfig, fused, serial
 
 LABEL = "SIMULATION, not a measurement"
 INSTANCES, SAMPLES, PROMPT_TOKENS = 32, 512, 256
@@ -116,13 +116,13 @@ class Case:
     def __str__(self) -> str:
         return f"{self.actor}/{self.critic}, up to {self.longest} tokens, median {self.longest * self.median_share:.0f}"
 
-    def rollout(self, seed: int) -> list[list[Job]]:
+    def rollout(self, seed: int) -> list[list[SampleLengths]]:
         """Samples by instance, dealt out one by one."""
         drawn = random.Random(f"{self.longest}/{self.median_share}/{self.sigma}/{seed}")
         median = math.log(self.longest * self.median_share)
         lengths = [max(1, min(self.longest, round(drawn.lognormvariate(median, self.sigma)))) for _ in range(SAMPLES)]
-        jobs = [Job(index, PROMPT_TOKENS, length) for index, length in enumerate(lengths)]
-        return [jobs[instance::INSTANCES] for instance in range(INSTANCES)]
+        samples = [SampleLengths(index, PROMPT_TOKENS, length) for index, length in enumerate(lengths)]
+        return [samples[instance::INSTANCES] for instance in range(INSTANCES)]
 
 
 class Simulation:
@@ -130,18 +130,18 @@ class Simulation:
 
     def __init__(self, case: Case, draws: int):
         self.case = case
-        self.machine = Machine(
+        self.config = SimulatorConfig(
             instance_costs(MODELS[case.actor], MODELS[case.critic]), SLOTS, micro_batch_tokens=MICRO_BATCH_TOKENS
         )
         self.rollouts = [case.rollout(seed) for seed in range(draws)]
         self.lengths = LengthStatistics(case.longest)
-        past = [job.response for seed in range(HISTORY) for jobs in case.rollout(-1 - seed) for job in jobs]
+        past = [sample.response for seed in range(HISTORY) for samples in case.rollout(-1 - seed) for sample in samples]
         self.lengths.add({0: past})
 
     @cached_property
     def without(self) -> list[SimulatedRollout]:
         """Of each rollout, without fusion."""
-        return [serial(shares, self.machine) for shares in self.rollouts]
+        return [serial(shares, self.config) for shares in self.rollouts]
 
     @property
     def generate_seconds(self) -> float:
@@ -160,13 +160,13 @@ class Simulation:
     def chosen(self) -> FusionPolicy:
         """What the running system would take when it is asked to fuse."""
         setting = Setting("inter", INSTANCES, 1, SLOTS, SAMPLES, MICRO_BATCH_TOKENS, UNIT_TOKENS)
-        policy = FusionChoice(setting, self.lengths, self.machine.costs, prompts=[PROMPT_TOKENS]).choose(0).policy
+        policy = FusionChooser(setting, self.lengths, self.config.costs, prompts=[PROMPT_TOKENS]).choose(0).policy
         assert policy is not None
         return policy
 
     def gain(self, policy: FusionPolicy) -> float:
         """Seconds without fusion / seconds with it."""
-        outcomes = [fused(shares, self.machine, policy, self.lengths.remaining) for shares in self.rollouts]
+        outcomes = [fused(shares, self.config, policy, self.lengths.remaining) for shares in self.rollouts]
         return sum(outcome.seconds for outcome in self.without) / sum(outcome.seconds for outcome in outcomes)
 
     def curve(self, thresholds: Iterable[int]) -> dict[int, float]:

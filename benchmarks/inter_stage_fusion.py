@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from benchmarks.work import LENGTHS, SIZES
 if TYPE_CHECKING:
     from training.distributed import Ranks
     from training.fusion.board import Span
-    from training.fusion.choice import Choice
+    from training.fusion.choice import FusionChoice
     from training.fusion.costs import Costs
     from training.step3_rlhf.ppo import PPO
 
@@ -50,7 +51,7 @@ class Bench:
         config.rlhf.generation_tensor_parallel = arguments.tensor
         self.ppo: PPO = our_ppo.make_ppo(config, self.lengths, directory, ranks)
 
-    def rollout(self, number: int, choice: "Choice", trains: bool = False) -> dict[str, Any]:
+    def rollout(self, number: int, choice: "FusionChoice", trains: bool = False) -> dict[str, Any]:
         """Generate and score the samples of pair `number` (and train on them)."""
         from training.step3_rlhf.timing import Clock
 
@@ -63,8 +64,8 @@ class Bench:
             iteration = self.ppo.iterate(number + 1, check=False)
             metrics, clock = iteration.metrics, iteration.clock
         else:
-            seats, clock = self.ppo.choose_prompts(number + 1), Clock()
-            rollout = rollouts.start([self.ppo.prompts[seat] for seat in seats], seats, number + 1, clock)
+            prompt_rows, clock = self.ppo.choose_prompts(number + 1), Clock()
+            rollout = rollouts.start([self.ppo.prompts[row] for row in prompt_rows], prompt_rows, number + 1, clock)
             experience = rollout.generate_and_score() if rollout.is_fused else rollout.score(rollout.generate())
             metrics = rollout.learn(experience)
         return {
@@ -77,11 +78,11 @@ class Bench:
 
 def measure(ranks: "Ranks", arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
     """All pairs; the same on every rank."""
-    from training.fusion.choice import Choice
+    from training.fusion.choice import FusionChoice
 
     bench = Bench(ranks, arguments, directory)
     fusion = bench.ppo.rollouts.fusion.chooser
-    off = Choice(None, "off in every other rollout of this benchmark")
+    off = FusionChoice(None, "off in every other rollout of this benchmark")
     costs = calibrated(bench, off, arguments.costs)
     fusion.costs = costs
     chosen = fusion.choose(CALIBRATION)
@@ -96,7 +97,7 @@ def measure(ranks: "Ranks", arguments: argparse.Namespace, directory: Path) -> d
     alone = costs.prefill_seconds(work.PROMPT_TOKENS) + sum(
         costs.decode_seconds(1, work.PROMPT_TOKENS + done) for done in range(longest - 1)
     )
-    return {"costs": costs.as_dict(), "chosen": str(chosen), "pairs": pairs, "longest_alone": alone}
+    return {"costs": asdict(costs), "chosen": str(chosen), "pairs": pairs, "longest_alone": alone}
 
 
 def idle_seconds(spans: "list[Span]", start: float, end: float) -> float:
@@ -105,7 +106,7 @@ def idle_seconds(spans: "list[Span]", start: float, end: float) -> float:
     return end - start - busy
 
 
-def calibrated(bench: Bench, off: "Choice", file: Path | None) -> "Costs":
+def calibrated(bench: Bench, off: "FusionChoice", file: Path | None) -> "Costs":
     """Costs measured on pair 1 (pair 0 warms up), or those of another run."""
     from training.fusion.costs import Costs
 

@@ -34,7 +34,7 @@ from training.steps import SFT, STEPS, Step
 from training.trust import of_evaluation, require_yes
 
 if TYPE_CHECKING:
-    from training.hybrid_engine.kept_weights import KeptWeights
+    from training.hybrid_engine.stored_weights import WeightsBackup
     from training.stage import Stage
 
 STATE_FILE = "state.json"
@@ -234,7 +234,7 @@ class Checkpoint:
         import training.hybrid_engine.deepspeed_setup  # noqa: F401  transformers imports DeepSpeed to save: without a word
         from inference.chat_format import ChatFormat
         from inference.weights import quiet_transformers
-        from training.hybrid_engine.fragments import Written
+        from training.hybrid_engine.fragments import FragmentReader
         from training.models.loading import TORCH_DTYPES, load_causal_lm, save_model
 
         config, settings = self.run.read_config(), self.run.read_config().of_step(self.step)
@@ -248,7 +248,7 @@ class Checkpoint:
                 f"optimiser on NVMe): only training goes on from it. {self.instead()}"
             )
         with reading(self.path, "choose another one"):
-            weights = Written(self.path / "actor" if self.step.draws_samples else self.path).whole("weight")
+            weights = FragmentReader(self.path / "actor" if self.step.draws_samples else self.path).whole("weight")
         named = {name.removeprefix("model."): weight for name, weight in weights.items()}
         whole = load_causal_lm(base, chat_format, torch.float32)
         dtype = TORCH_DTYPES[config.save_dtype]
@@ -296,7 +296,7 @@ class Best(Checkpoints):
     what = "the best model so far, that of"
 
     def __init__(
-        self, stage: "Stage", weights: "KeptWeights", rank: Callable[[Mapping[str, float]], Rank | None], unit: str
+        self, stage: "Stage", weights: "WeightsBackup", rank: Callable[[Mapping[str, float]], Rank | None], unit: str
     ):
         """`rank` gives None for a model that must not be chosen; `unit` is what evaluations are counted in."""
         super().__init__(stage.directory.best, 1, stage.ranks)

@@ -35,8 +35,7 @@ def require_processes(config: RunConfig, processes: int) -> None:
 def require_fitting(
     config: RunConfig, processes: int, actor: Path, scorer: Path | None, reference: Path | None = None
 ) -> None:
-    """Raise UserError where settings of the run do not fit the actor, the scorer (reward model and critic) or a
-    reference of its own."""
+    """Raise UserError where settings do not fit the actor, the scorer (reward model and critic) or an own reference."""
     if reference is not None:
         require_positions(config.reference_model, reference, config.data)
     require_positions(config.sft_model or config.model, actor, config.data)

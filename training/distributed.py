@@ -59,8 +59,7 @@ class RollCall:
 
     @contextmanager
     def meeting(self, phase: str, mesh: tuple[int, ...] = ()) -> Iterator[None]:
-        """Hold a meeting inside, which returns when all ranks have come, or those of `mesh`; all come to the same
-        ones."""
+        """Meet the ranks of the run, or of `mesh`: what runs inside returns when all have come."""
         met = f"met/{mesh}" if mesh else "met"
         number = self.store.add(f"{met}/{self.rank}", 1)
 
@@ -137,8 +136,7 @@ class Ranks:
     members: dist.ProcessGroup | None = None  # the group in which such a part computes
 
     def part(self, mesh: Sequence[int]) -> "Ranks | None":
-        """Return the ranks of `mesh`, counted from 0 in their order, or None for a rank outside of it. All ranks call
-        it."""
+        """Return the ranks of `mesh`, counted from 0 in their order; None outside of it. All ranks call it."""
         mesh = tuple(sorted(mesh))
         if mesh == tuple(range(self.size)):
             return self
@@ -199,8 +197,7 @@ class Ranks:
             return gather_flat(values, self.size, self.group)
 
     def pool(self, tensors: dict[str, Tensor], phase: str) -> dict[str, Tensor]:
-        """Pool named tensors on the CPU, whose names differ by rank: the first rank gets all of them, the others an
-        empty dict."""
+        """Pool named tensors on the CPU: the first rank gets those of all, whose names differ, the others none."""
         of_ranks = self.gather({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}, phase)
         if not self.is_first:
             with self._meeting(phase):

@@ -1,5 +1,4 @@
-"""A fork (`run --from`): the rows and steps of another run that serve here unchanged, and what is trained because of
-what."""
+"""A fork (`run --from`): which rows and steps of another run serve here unchanged, what is trained, and why."""
 
 import filecmp
 import json
@@ -234,8 +233,7 @@ class Fork:
         return [start for start in read_starts(self.parent) if start["what"] == step.folder]
 
     def _take_measured(self, step: Step) -> None:
-        """Take over the accuracy of a given reward model on the held-out pairs, or what DPO's reference says of the
-        pairs."""
+        """Take over a given reward model's accuracy on the held-out pairs, or what DPO's reference says of them."""
         theirs = self.parent.step(step)
         before = [earlier for earlier in self.config.earlier_steps(step) if self.steps[earlier]]
         keys: set[str]
@@ -260,8 +258,7 @@ class Fork:
         links: Callable[[Path], bool] = lambda file: True,
         change: Callable[[Path], None] = lambda copy: None,
     ) -> None:
-        """Take over a directory, whole or not at all, by links to some files and copies of others, without the names at
-        its top that are in `leave`."""
+        """Take over a whole directory or nothing, by links or copies, without the names at its top in `leave`."""
 
         def write(copy: Path) -> None:
             for file in sorted(theirs.rglob("*")):

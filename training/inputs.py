@@ -53,8 +53,7 @@ def changed_inputs(run: RunDirectory, config: RunConfig) -> list[str]:
 
 
 def changes(run: RunDirectory) -> Iterator[tuple[str, str]]:
-    """Yield kind and path of each input that is not as it was; what is gone is no news, and runs from before say
-    nothing."""
+    """Yield kind and path of inputs that are not as they were; what is gone is no news, and old runs say nothing."""
     if not run.inputs_file.exists():
         return
     for kind, paths in read_json(run.inputs_file, "delete it, then changes of the run's data are not noticed").items():
@@ -101,8 +100,7 @@ def code_files(config: RunConfig, *kinds: str) -> list[tuple[str, Path]]:
 
 
 def with_imports(file: Path, known: frozenset[Path] = frozenset()) -> frozenset[Path]:
-    """Find a Python file, and the modules beside it that it imports, or that these import; without it where it is
-    gone."""
+    """Find a Python file, if it exists, and the modules beside it that it imports, or that these import."""
     if file in known or not file.is_file():
         return known
     known |= {file}
@@ -211,8 +209,7 @@ def files_of_model(directory: Path) -> list[Path]:
 
 
 def link_or_copy(file: Path, target: Path) -> None:
-    """Make `target` another name of a file of the user's on the same disk, so that weights take no room twice; else
-    copy it."""
+    """Link a file of the user's on the same disk, so that weights take no room twice; copy any other."""
     file = file.resolve()  # the hub's cache holds links to it
     try:
         if file.stat().st_uid != os.getuid():

@@ -136,8 +136,7 @@ def started_by() -> tuple[str, dict[str, str]] | None:
 
 
 def slurm_sizes(step: str) -> tuple[str, str]:
-    """Count the tasks of the step, and those of this machine. A batch script has the variables of its job, and is one
-    process."""
+    """Count the tasks of the step, and of this machine. A batch script has its job's variables, and is one process."""
     of_job = os.environ.get("SLURM_NTASKS", "") if os.environ.get("ENVIRONMENT") != "BATCH" else ""
     text = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE", "")  # 4(x2),3
     tasks = [n for n, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text) for _ in range(int(times or 1))]

@@ -344,8 +344,7 @@ def _pass_parts(
     with_logits: bool = False,
     alive: int = 1,
 ) -> list[Part]:
-    """What a forward and backward pass over one micro-batch of longest rows adds, where so many are `alive` at a time:
-    more than one in a pipeline."""
+    """Count what passes over micro-batches of longest rows add, `alive` at a time: more than one in a pipeline."""
     rows = rows_per_micro_batch(micro_batch_tokens, data.longest, rows_together)
     activations = shape.activation_values(rows * data.longest, checkpointing, alive)
     parts = [Part("activations", activations * dtype.itemsize, phase=phase)]

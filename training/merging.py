@@ -26,8 +26,7 @@ def did_you_mean(names: Sequence[str], otherwise: str) -> str:
 
 
 def likeness(given: str, name: str) -> float:
-    """Compare two names, from 0 to 1; an abbreviation (`coef`, or `lr` for `learning_rate`) is as good as the word with
-    a slip."""
+    """Compare two names, from 0 to 1; an abbreviation (`coef`, `lr` for `learning_rate`) is as good as a slip."""
     initials = "".join(word[:1] for word in name.split("_"))
     if given != name and (given == initials or (len(given) > 2 and name.startswith(given))):
         return 0.9

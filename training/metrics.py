@@ -69,8 +69,7 @@ class Journal:
         return [row for row, _ in self._rows(read_line)]
 
     def read_one(self, number: int | None = None) -> tuple[list[dict[str, Any]], list[int]]:
-        """Read the lines of a number (None: of the newest one), and all numbers in the file; other lines are not
-        decoded."""
+        """Read the lines of a number (None: the newest), decoding no others, and all numbers in the file."""
         numbers, chosen = set[int](), list[bytes]()
         if self.file.exists():
             with open(self.file, "rb") as lines:

@@ -14,7 +14,7 @@ from typing import Any
 from inference.disk import writing
 from inference.errors import UserError, typed
 from inference.streams import redacted, redacted_arguments
-from training.changes import Kind, differences, kind_of, make_way, may_have_length, plan_change, teaches
+from training.changes import SettingKind, differences, kind_of, make_way, may_have_length, plan_change, teaches
 from training.config import RunConfig
 from training.config_files import as_typed, load_config, with_absolute_paths
 from training.data.find_files import find_files, find_set
@@ -88,7 +88,7 @@ def refuse_others(run: RunDirectory, stored: RunConfig, config: RunConfig) -> No
     for step in STEPS:
         if stored.seed_of(step) == config.seed_of(step):
             others.pop(f"{step.command}.seed", None)
-    for key in [key for key in others if kind_of(key) is Kind.LENGTH]:
+    for key in [key for key in others if kind_of(key) is SettingKind.LENGTH]:
         if may_have_length(run, step_of(key.partition(".")[0]), stored, config):
             del others[key]
     if not others:
@@ -169,8 +169,7 @@ def is_start(values: Mapping[str, Any]) -> bool:
 
 
 def versions_of(run: RunDirectory, step: Step, made_by: Mapping[str, str]) -> Mapping[str, str]:
-    """Return the versions of what ran the step last; `made_by`, those of the run's making, where nobody wrote them
-    down."""
+    """Return the versions of what ran the step last; those of `made_by`, the run's making, where nobody wrote them."""
     starts = [start for start in read_starts(run) if start["what"] == step.folder]
     return starts[-1].get("versions", made_by) if starts else made_by
 

@@ -86,8 +86,7 @@ def svg(
 
 
 def tidy(element: Element, colours: Mapping[str, str], titles: Mapping[str, str]) -> None:
-    """Turn style into attributes, ids into classes and titles, round coordinates to tenths; groups that say nothing
-    dissolve."""
+    """Turn style into attributes, ids into classes and titles; round coordinates, dissolve groups that say nothing."""
     element.tail = None
     element.text = (element.text or "").strip() or None
     for declaration in filter(None, element.attrib.pop("style", "").split("; ")):
@@ -167,8 +166,7 @@ class Panel:
 
 
 def gantt_svg(panels: Sequence[Panel], colours: Mapping[str, str], unit: str = "s") -> str:
-    """Write the panels one below the other on one scale of time, with a legend, as a file of its own; `colours` are by
-    kind."""
+    """Write the panels with one scale of time and a legend, as a file of its own; `colours` are by kind."""
     with drawing():
         picture, titles = draw(panels, colours, unit)
         return as_file(picture, "gantt", titles)

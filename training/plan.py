@@ -66,8 +66,7 @@ class Plan:
         return training is not None and self[call.name].cut != self[training.name].cut
 
     def moves_weights(self, graph: DataflowGraph, call: Call) -> bool:
-        """Whether trained weights are brought for `call`: no earlier call of the iteration has brought them into its
-        cut."""
+        """Whether `call` brings trained weights into its cut, which no earlier call of the iteration has done."""
         before = graph.calls[: graph.calls.index(call)]
         alike = (other.role == call.role and self[other.name].cut == self[call.name].cut for other in before)
         return self.reallocates(graph, call) and not any(alike)
@@ -116,8 +115,7 @@ class Plan:
     def of_rows(
         cls, calls: Sequence[Call], ranks: int, rows: int, length: int, zero_stage: int, micro_batch_tokens: int
     ) -> "Plan":
-        """Return what a step that learns from rows runs: every call on all ranks, `rows` of `length` tokens at a
-        time."""
+        """Plan a step that learns from rows: every call on all ranks, `rows` of `length` tokens at a time."""
         assignments = {}
         for call in calls:
             layout = Layout.over(ranks, zero_stage=zero_stage if call.kind == "train" or zero_stage == 3 else 0)
@@ -133,8 +131,7 @@ def slots(settings: "RLHFSettings") -> int:
 
 
 def most_generated(settings: "RLHFSettings") -> int:
-    """Count the samples that all ranks generate in one call at most: of an iteration, an evaluation, or the fixed
-    prompts."""
+    """Count the samples of the largest generation: of an iteration, an evaluation, or the fixed prompts."""
     evaluated = settings.eval_prompts if settings.eval_every else 0
     return max(settings.prompts_per_iteration * settings.samples_per_prompt, settings.sample_prompts, evaluated)
 

@@ -48,8 +48,7 @@ def reduce_nothing(engine: Any) -> None:
 
 
 def own_weights(optimizer: Any) -> list[Tensor]:
-    """Return this rank's flat part of the weights of an optimiser of ZeRO stage 1 to 3: writing into them is
-    training."""
+    """Return this rank's flat part of the weights at ZeRO stage 1 to 3: writing into them is training."""
     name = next(name for name in OWN_WEIGHTS if hasattr(optimizer, name))
     return list(getattr(optimizer, name))
 

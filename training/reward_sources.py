@@ -40,7 +40,7 @@ class NobodyAnswers(RewardFailed):
     """An address may answer later."""
 
 
-class Source(Protocol):
+class RewardSource(Protocol):
     """Gives one number for each response. Raises RewardFailed."""
 
     @property
@@ -111,8 +111,7 @@ def with_named_rows(call: Callable[..., Any], prompts: list, responses: list, ro
 
 
 def way_to_call(function: Callable[..., Any], setting: str) -> Callable[..., Any]:
-    """Choose how to call `function`: with what the data say beside the prompts, if it takes that. Raises UserError
-    where no way fits."""
+    """Choose how to call `function`, with the rows if it takes them. Raises UserError where no way fits."""
     if not callable(function):
         raise UserError(f"{setting} is {function!r}; it must be a function of (prompts, responses).")
     try:

@@ -190,8 +190,7 @@ def stored_specs(given: str | list[str]) -> str | list[str]:
 
 
 def with_reward_of_tasks(given: Any) -> Any:
-    """Complete the values of a RunConfig: where reasoning-gym gives the prompts and nothing is named that rewards, it
-    rewards them, without a reward model."""
+    """Let reasoning-gym reward, without a reward model, the prompts that it gives where nothing else is to reward."""
     try:
         sources, rlhf = given["data"]["source"], given.get("rlhf", {})
         has_tasks = any(text.startswith(TASK_PREFIX) for text in ([sources] if isinstance(sources, str) else sources))

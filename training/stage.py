@@ -63,8 +63,7 @@ class Stage:
         return self.config.seed_of(self.directory.step)
 
     def model_directory(self, source: str) -> Path:
-        """Return the local directory of a model; the first rank fetches it, then one of each other node, the others
-        wait."""
+        """Return a model's local directory; the first rank fetches it, then one of each other node; others wait."""
         for fetches in (self.ranks.is_first, self.ranks.is_first_of_node):
             if fetches:
                 local_model(self.run, source, self.display.say)
@@ -87,8 +86,7 @@ class Stage:
         return self.model_directory(own) if own else None
 
     def chat_format(self, actor: Path, scorer: Path | None = None) -> ChatFormat:
-        """Load the actor's format, which all steps use. Raises UserError where the scorer's tokens mean something
-        else."""
+        """Load the actor's format, which all steps use. Raises UserError where the scorer's tokens differ."""
         chat_format = ChatFormat.load(actor)
         if scorer is not None:
             require_same_tokens(chat_format, ChatFormat.load(scorer), str(actor), str(scorer))

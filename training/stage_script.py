@@ -74,8 +74,7 @@ def run_stage(step: Step, work: Callable[[Stage], None]) -> int:
 def enter(
     run: RunDirectory, directory: StepDirectory, arguments: argparse.Namespace, processes: int, held: ExitStack
 ) -> RunConfig | None:
-    """Return the settings, once this process holds the step until `held` ends and the run is prepared; None if the step
-    is done."""
+    """Hold the step until `held` ends, prepare the run, and return its settings; None if the step is done."""
     if PARENT_VARIABLE in os.environ:  # the command holds the run and has prepared it
         held.enter_context(directory.locked())
         config = run.read_config()

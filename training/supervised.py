@@ -14,7 +14,7 @@ from training.config import StepSettings
 from training.data.batching import MicroBatch, plan_micro_batches
 from training.data.rows import Epochs, count_updates, updates_per_epoch
 from training.evaluation.statistics import DOUBTFUL_ACCURACY
-from training.hybrid_engine.kept_weights import KeptWeights
+from training.hybrid_engine.stored_weights import WeightsBackup
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.launchers import processes_option
 from training.metrics import WARNING, held_out_line
@@ -42,8 +42,7 @@ class Task(Protocol):
         ...
 
     def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum the loss of training rows, and statistics, all to be divided by `size`; scalars that stay on the
-        device."""
+        """Sum the loss and statistics of training rows, to be divided by `size`; scalars that stay on the device."""
         ...
 
     def evaluate(self) -> dict[str, float]:
@@ -72,7 +71,7 @@ def fit(stage: Stage, task: Task, settings: StepSettings, total: int) -> dict[st
         idle = f"{rows} rows leave {ranks - rows} of {ranks} ranks idle"
         stage.display.say(f"Warning: {idle}: use {processes_option(rows)}")
     epochs = Epochs(rows, f"{stage.seed}")
-    best = Best(stage, KeptWeights(task.engine), rank_of, "optimiser step") if settings.keep == "best" else None
+    best = Best(stage, WeightsBackup(task.engine), rank_of, "optimiser step") if settings.keep == "best" else None
     number, evaluation = resume(stage, task, best)
     before = next((row for row in stage.metrics.read() if "eval/loss" in row), None)  # others than the first rank: None
     stage.expect_checkpoints("optimiser step")
@@ -115,8 +114,7 @@ def rank_of(evaluation: Mapping[str, float]) -> tuple[float, float] | None:
 
 
 def resume(stage: Stage, task: Task, best: Best | None) -> tuple[int, dict[str, float]]:
-    """Return the optimiser steps done and the last evaluation; the journals forget what came after. New runs are
-    evaluated."""
+    """Return the optimiser steps done and the last evaluation, and rewind the journals. New runs are evaluated."""
     checkpoint = stage.checkpoints.newest()
     if best is not None:
         best.go_on_after(checkpoint[1]["number"] if checkpoint else -1)
@@ -167,8 +165,7 @@ def validate(
 
 
 def train_batch(stage: Stage, task: Task, batch: list[int], token_budget: int, number: int) -> dict[str, float]:
-    """Take one optimiser step over a global batch. Raises Diverged on a loss that is not finite, before weights
-    change."""
+    """Take one optimiser step over a global batch. Raises Diverged, the weights unchanged, if a loss is not finite."""
     begun = time.perf_counter()
     plan = plan_micro_batches([task.lengths[row] for row in batch], token_budget, stage.ranks.size)
     size = task.size(batch)

@@ -106,8 +106,7 @@ def keys_of(run: Path) -> set[str]:
 
 
 def record_file() -> Path:
-    """Return the record in XDG_STATE_HOME, else in ~/.local/state. A relative path does not count: it might lie in the
-    run."""
+    """Return the file of records, in XDG_STATE_HOME if absolute (a run might hold another), or ~/.local/state."""
     given = Path(os.environ.get("XDG_STATE_HOME", ""))
     return (given if given.is_absolute() else Path("~/.local/state").expanduser()) / "rlhf-chat" / "trusted.jsonl"
 

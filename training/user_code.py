@@ -67,8 +67,7 @@ class UserFile:
             forget_finders(self.folder)
 
     def finder(self, path: str) -> FileFinder:
-        """Find modules in the file's folder: sources and extensions, no compiled files. Raises ImportError for other
-        paths."""
+        """Find sources and extensions in the file's folder, no compiled files. Raises ImportError for other paths."""
         inside = Path(path).resolve().is_relative_to(self.folder)
         if not inside or Path(path).is_relative_to(sys.prefix):  # an environment may lie in the folder
             raise ImportError(path)
@@ -124,8 +123,7 @@ def forget_finders(folder: str) -> None:
 
 
 def surroundings() -> tuple[str, bool, torch.dtype, torch.device]:
-    """Read what code can change for all of a process: the working directory, gradients, format and device of new
-    tensors."""
+    """Read what code can change for a process: working directory, gradients, format and device of new tensors."""
     return os.getcwd(), torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
 
 

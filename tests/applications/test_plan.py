@@ -225,7 +225,7 @@ def test_roles_have_no_place_for_a_call_that_does_not_run(monkeypatch, tmp_path)
             config=config, seed=1, dtype=dtype, ranks=Ranks(0, 1, torch.device("cpu")), display=display
         )
         made = roles.Roles(stage, None, tmp_path, None, (1, 1))
-        assert ("actor_score" in made.places) == (dtype == torch.bfloat16)
+        assert ("actor_score" in made.positions) == (dtype == torch.bfloat16)
         assert set(made.plan.assignments) == {call.name for call in made.calls}
 
 

@@ -80,7 +80,7 @@ def test_a_loss_of_step_3_that_is_not_finite_names_iteration_rows_and_way_out(tm
     stage.directory.path.mkdir()
     stage.diverged = partial(Stage.diverged, stage)
     updates: Any = SimpleNamespace(stage=stage)
-    batch: Any = SimpleNamespace(number=5, seats=[7, 9, 9, 4])
+    batch: Any = SimpleNamespace(number=5, prompt_rows=[7, 9, 9, 4])
     updates.diverged = partial(Updates.diverged, updates)
 
     def look(*values: float) -> None:

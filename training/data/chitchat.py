@@ -250,8 +250,7 @@ def training_rows(first: list[SFTRow], third: list[SFTRow], rng: random.Random) 
 
 
 def add_evaluation(sets: RowSets, new_talk: list[SFTRow], new_questions: list[SFTRow], rng: random.Random) -> None:
-    """Add held-out rows, half of the prompts under held-out questions where there are enough; SFT's are all under known
-    ones."""
+    """Add held-out rows: half of the prompts under held-out questions, if there are enough, and none for SFT."""
     half, more = COMPARED_PROMPTS // 2, list[PromptRow]()
     for samples, is_new in ((new_talk, False), (new_questions, True)):
         prompts = prompt_rows(samples)

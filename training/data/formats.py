@@ -120,8 +120,7 @@ class ReadRow:
 
 
 def read_row(value: Any, every: bool = False, keeps_labels: bool = False) -> ReadRow:
-    """Read what one value of a file gives; of several rated answers `every` pair, or the best and the worst; answers
-    with a label may keep it. Raises BadRow."""
+    """Read what a value gives: `every` pair of rated answers, or best and worst; labels may stay. Raises BadRow."""
     values = (keeps_labels and both_bad(value)) or each_pair(value, every)
     first, *others = [read_one(row, keeps_labels) for row in values]
     return replace(first, rows=[*first.rows, *(row for read in others for row in read.rows)])

@@ -93,8 +93,7 @@ def each_pair(value: Any, every: bool = False) -> list[Any]:
 
 
 def every_pair(value: dict[str, Any], names: Mapping[str, str]) -> list[Any]:
-    """Return the value once for each two different answers of its list of which one is rated higher, the furthest apart
-    first."""
+    """Return the value once for each two answers of its list with different ratings, the furthest apart first."""
     rated = rated_list({usual: value[name] for usual, name in names.items() if value[name] is not None})
     if rated is None:
         return []

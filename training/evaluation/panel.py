@@ -139,8 +139,7 @@ class Judged:
 
 
 def panel_agreement(rows: Sequence[Any], scores: Sequence[float]) -> dict[str, Agreement]:
-    """Compare the learned `scores`, one a row, with the people who rated the rows; by kind of text, where pairs
-    count."""
+    """Compare the learned `scores`, one a row, with people's ratings; by kind of text, where pairs count."""
     agreement_of: dict[str, Agreement] = {}
     for domain in dict.fromkeys(row["domain"] for row in rows):
         chosen = [i for i, row in enumerate(rows) if row["domain"] == domain]

@@ -74,8 +74,7 @@ def win_rates(preferences: Preferences, model: str, against: str) -> dict[str, A
 
 
 def win_rate(preferences: Preferences, model: str) -> dict[str, Any]:
-    """Measure how often `model` is preferred; a preference for neither counts half. Those on one question are not
-    independent."""
+    """Measure how often `model` is preferred; neither counts half. Answers to one question are not independent."""
     ours, theirs = [0.0] * len(preferences), [0.0] * len(preferences)
     for i, preference in enumerate(preferences):
         if preference.winner in ("a", "b"):

@@ -241,8 +241,7 @@ def ratio(ours: float, theirs: float) -> float:
 
 
 def verdict(win: Measures, theirs: str, ours: str) -> str:
-    """Say what a win rate shows: `RLHF beats SFT in 73.2% of prompts by ...` only where its interval excludes one
-    half."""
+    """Say what a win rate shows: `RLHF beats SFT in 73.2% of ...` only where its interval excludes one half."""
     by = f"by {win['judge']}"
     if win.get("ties") is not None and win["ties"] == win["prompts"]:
         return f"All {win['prompts']} answers tie {by}: it tells {ours} and {theirs} apart nowhere, so nothing is shown"

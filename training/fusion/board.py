@@ -24,11 +24,11 @@ PAUSES = 0.0005, 0.005
 """Seconds between two looks whether a notice is there, at first and after a while. A wait in the store itself would
 keep the roll call from the store."""
 BITS = 20
-"""Of a number in a tally, which is three of them in one counter."""
+"""Bits of one number of a tally, which is three numbers in one counter."""
 
 
 class Board:
-    """Notices of one rollout; `name` must be new for each, and the same on every rank."""
+    """Holds the notices of one rollout; its `name` is the same on every rank, and that of no other rollout."""
 
     def __init__(self, name: str, roll_call: RollCall | None = None):
         self.store = dist.PrefixStore(f"board/{name}", default_store())
@@ -45,7 +45,7 @@ class Board:
         return self.store.check([key])
 
     def read(self, key: str, awaited: Mapping[int, str], phase: str) -> Any:
-        """The value under `key`; waits for it. JSON, because whoever reaches the port could hang up a notice.
+        """Wait for the value under `key`. It is JSON, because whoever reaches the port could hang up a notice.
 
         `awaited` names the ranks that it hangs on, each with a key that says that the rank has done its part.
         """
@@ -69,10 +69,11 @@ class Board:
         return self.store.add(key, more)
 
     def tally(self, key: str, samples: int) -> tuple[int, int, int]:
-        """Add one that has `samples` left; returns how many came so far, their samples, and how many have any."""
-        found = self.count(key, 1 | samples << BITS | (samples > 0) << 2 * BITS)
+        """Add an instance that has `samples` left; returns how many came so far, their samples, and how many have
+        any."""
+        packed = self.count(key, 1 | samples << BITS | (samples > 0) << 2 * BITS)
         mask = (1 << BITS) - 1
-        return found & mask, found >> BITS & mask, found >> 2 * BITS
+        return packed & mask, packed >> BITS & mask, packed >> 2 * BITS
 
     def clear(self) -> None:
         """Take down what this rank hung up and counted on, once nobody will read it any more."""
@@ -86,8 +87,8 @@ Begin = Callable[[list[Sample]], Callable[[], list[S]]]
 """Starts to score samples and returns what waits for the result."""
 
 
-class Aside(Generic[S]):
-    """At most one unit is under way, so that decode steps wait for little."""
+class BackgroundScoring(Generic[S]):
+    """Scores at most one unit at a time beside decoding, so that decode steps wait for little."""
 
     def __init__(self, begin: Begin[S], device: torch.device):
         self.begin = begin
@@ -108,7 +109,7 @@ class Aside(Generic[S]):
         return self.done is not None and not self.done.query()
 
     def collect(self) -> list[S]:
-        """The results of the unit under way; waits for them. Empty if there is none."""
+        """Wait for the results of the unit under way; empty if there is none."""
         finish, self.finish, self.done = self.finish, None, None
         if finish is None:
             return []
@@ -117,15 +118,15 @@ class Aside(Generic[S]):
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where this rank stands: the `tensor_rank`-th of the ranks of `instance`."""
+class RankPosition:
+    """Says where this rank stands: it is the `tensor_rank`-th of the ranks of `instance`."""
 
     rank: int
     layout: Layout
 
     @property
     def takes_part(self) -> bool:
-        """Whether this rank generates; what follows is for those that do."""
+        """Whether this rank generates; the rest is for those that do."""
         return self.rank in self.layout.mesh
 
     @property
@@ -138,15 +139,15 @@ class Place:
 
     @property
     def speaks(self) -> bool:
-        """One rank of an instance writes what all of its ranks know."""
+        """Whether this rank writes what all ranks of its instance know."""
         return self.takes_part and self.tensor_rank == 0
 
     def peer(self, instance: int) -> int:
-        """The rank that holds the same part of the model in another instance."""
+        """Return the rank that holds the same part of the model in another instance."""
         return self.layout.tensor_groups[instance][self.tensor_rank]
 
     def speaker(self, instance: int) -> int:
-        """The rank that speaks for an instance."""
+        """Return the rank that speaks for an instance."""
         return self.layout.tensor_groups[instance][0]
 
 
@@ -155,14 +156,12 @@ Remaining = Callable[[int], float]
 
 
 @dataclass(frozen=True)
-class Unfinished:
-    """One sample on its way."""
+class SampleLengths:
+    """Counts the tokens of one sample: all of them, or of an unfinished one those so far."""
 
     index: int
     prompt: int
-    """Tokens."""
     response: int
-    """Tokens so far."""
 
     @property
     def length(self) -> int:
@@ -179,7 +178,7 @@ class SampleMove:
 
 @dataclass(frozen=True)
 class Repacking:
-    """From now on only `keepers` decode."""
+    """Says that from now on only `keepers` decode."""
 
     keepers: tuple[int, ...]
     moves: tuple[SampleMove, ...] = ()
@@ -187,8 +186,8 @@ class Repacking:
 
 @dataclass(frozen=True)
 class FusionPolicy:
-    """When to gather the tail: once at most `threshold` samples are unfinished, on as few instances as hold them with
-    `rows` each. Threshold 0 never moves a sample; instances then are freed as they run empty."""
+    """Says when to gather the tail: once at most `threshold` samples are unfinished, on as few instances as hold them
+    with `rows` each. Threshold 0 never moves a sample; instances then are freed as they run empty."""
 
     threshold: int
     rows: int
@@ -200,23 +199,23 @@ class FusionPolicy:
     """Whether ranks that decode score too: beside decoding on CUDA, between decode steps elsewhere."""
 
     def instances_for(self, samples: int, busy: int) -> int:
-        """How many of `busy` instances go on with `samples` unfinished ones."""
+        """Return how many of `busy` instances go on with `samples` unfinished ones."""
         return min(busy, math.ceil(samples / self.rows)) if samples <= self.threshold else busy
 
 
-def decide(left: Mapping[int, Sequence[Unfinished]], policy: FusionPolicy, remaining: Remaining) -> Repacking | None:
-    """What to do when the instances that decode have `left` these; None: go on."""
+def decide(left: Mapping[int, Sequence[SampleLengths]], policy: FusionPolicy, remaining: Remaining) -> Repacking | None:
+    """Return what to do when the instances that decode have `left` these; None: go on."""
     busy = [instance for instance in sorted(left) if left[instance]]
     wanted = policy.instances_for(sum(map(len, left.values())), len(busy))
     if wanted == len(left):
         return None
     work = {instance: sum(remaining(sample.response) for sample in left[instance]) for instance in busy}
     keepers = sorted(sorted(busy, key=lambda instance: (-work[instance], instance))[:wanted])
-    return Repacking(tuple(keepers), tuple(place_samples(left, keepers)))
+    return Repacking(tuple(keepers), tuple(moves_to(keepers, left)))
 
 
-def place_samples(left: Mapping[int, Sequence[Unfinished]], keepers: Sequence[int]) -> list[SampleMove]:
-    """The samples of all others: longest first, each to the keeper with the fewest samples (then tokens) by then."""
+def moves_to(keepers: Sequence[int], left: Mapping[int, Sequence[SampleLengths]]) -> list[SampleMove]:
+    """Move the samples of all others, longest first, each to the keeper with the fewest samples (then tokens)."""
     load = {keeper: (len(left[keeper]), sum(sample.length for sample in left[keeper])) for keeper in keepers}
     homeless = [(sample, source) for source in sorted(left) if source not in load for sample in left[source]]
     homeless.sort(key=lambda pair: (-pair[0].length, pair[0].index))
@@ -229,14 +228,13 @@ def place_samples(left: Mapping[int, Sequence[Unfinished]], keepers: Sequence[in
     return moves
 
 
-KINDS = ("generate", "score", "migrate", "idle", "train")
 JOINED = 0.002
 """Seconds between two spans of one kind that are shown as one."""
 
 
 @dataclass
 class Span:
-    """Seconds on this machine's monotonic clock, which all its processes share."""
+    """Says when something ran, in seconds on this machine's monotonic clock, which all its processes share."""
 
     kind: str
     start: float

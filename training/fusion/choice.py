@@ -7,17 +7,17 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
 
-from training.fusion.board import FusionPolicy
+from training.fusion.board import FusionPolicy, SampleLengths
 from training.fusion.costs import Costs, LengthStatistics, Measured, fit
-from training.fusion.simulator import DecodingInstance, Job, Machine, fused, fused_from, serial
+from training.fusion.simulator import DecodingInstance, SimulatorConfig, fused, fused_from, serial
 
 Mode = Literal["none", "inter", "auto"]
 WORTH = 0.02
 """Share of generation and scoring that fusion, or another threshold, must save to be taken up."""
 DRIFT = 0.05
-"""Relative change of the mean length after which the threshold is chosen anew."""
+"""Relative change of the mean length after which the threshold is chosen again."""
 WRONG = 0.1
-"""Relative error of the costs after which they are fitted anew."""
+"""Relative error of the costs after which they are fitted again."""
 FITTED = 4
 """Rollouts whose measurements the costs are fitted to."""
 DRAWS = 4
@@ -30,19 +30,19 @@ TICKS = 64
 NOMINAL = Costs(rows=(1,), step=(1.0,), per_context=0.0, prefill=(1.0, 0.0), score=(0.0, 1e-3))
 """Before anything is measured: every step takes as long as every other."""
 NOMINAL_TICK = 4.0
-"""In the seconds of NOMINAL: so many decode steps."""
+"""The tick in seconds of NOMINAL, which are decode steps."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What does not change during a run."""
+    """Holds what does not change during a run."""
 
     mode: Mode
     instances: int
     tensor: int
     slots: int
     samples: int
-    """Of an iteration."""
+    """The samples of an iteration."""
     micro_batch_tokens: int
     unit_tokens: int
     threshold: int = 0
@@ -53,7 +53,7 @@ class Setting:
     """Whether a rank can score beside decoding (CUDA)."""
     seed: int = 0
     off: str = "switched off"
-    """Why none, where that is the mode."""
+    """The reason for no fusion, where that is the mode."""
 
     @property
     def shape(self) -> list[int]:
@@ -62,8 +62,8 @@ class Setting:
 
 
 @dataclass
-class Choice:
-    """A policy, or None for no fusion, and why."""
+class FusionChoice:
+    """Gives a policy, or None for no fusion, and the reason."""
 
     policy: FusionPolicy | None
     reason: str
@@ -71,7 +71,7 @@ class Choice:
     """Seconds of generation and scoring; 0: not known."""
     expected_serial: float = 0.0
     mean_length: float = 0.0
-    """Of the statistics that it was chosen on."""
+    """The mean length that it was chosen for."""
 
     def __str__(self) -> str:
         if self.policy is None:
@@ -83,8 +83,8 @@ class Choice:
 
 
 @dataclass
-class FusionChoice:
-    """Chooses before each rollout and learns after it; kept in checkpoints.
+class FusionChooser:
+    """Chooses before each rollout and learns after it; checkpoints save it.
 
     The first rank chooses and learns, and tells the others: `decided`, `take`. Lengths are known to all.
     """
@@ -92,11 +92,11 @@ class FusionChoice:
     setting: Setting
     lengths: LengthStatistics
     costs: Costs | None = None
-    current: Choice | None = None
+    current: FusionChoice | None = None
     prompts: list[int] = field(default_factory=list)
     """Prompt lengths of the last rollout."""
     measured: deque[list[Measured]] = field(default_factory=lambda: deque(maxlen=FITTED))
-    """Of the last rollouts; not kept in checkpoints, the costs are."""
+    """Measurements of the last rollouts; checkpoints save the costs instead."""
     bandwidth: float = 1e9
     cache_bytes: int = 0
     overlap: float | None = None
@@ -104,7 +104,7 @@ class FusionChoice:
     is_warm: bool = False
     """Whether this process has made a rollout: the first one runs cold code, and its seconds say nothing."""
 
-    def next(self, number: int) -> Choice:
+    def next(self, number: int) -> FusionChoice:
         if self.current is None or self._is_stale():
             self.current = self.choose(number)
         return self.current
@@ -114,48 +114,49 @@ class FusionChoice:
         was = self.current.mean_length
         return self.costs is not None and (was == 0 or abs(self.lengths.mean / was - 1) > DRIFT)
 
-    def choose(self, number: int) -> Choice:
+    def choose(self, number: int) -> FusionChoice:
         """Decide again, from what is known now."""
         setting = self.setting
         if setting.mode == "none":
-            return Choice(None, setting.off)
+            return FusionChoice(None, setting.off)
         if setting.instances == 1:
             return self._for_one_instance()
         if self.costs is None or not self.prompts:
             if setting.mode == "inter":
                 threshold = setting.threshold or max(1, setting.samples // 5)  # RLHFuse found the best near 20 %
-                return Choice(
+                return FusionChoice(
                     self._policy(threshold, setting.rows or setting.slots, NOMINAL_TICK), "asked for; not measured yet"
                 )
-            return Choice(None, "costs are being measured")
+            return FusionChoice(None, "costs are being measured")
         return self._simulated(number)
 
-    def _for_one_instance(self) -> Choice:
-        """Scoring between or beside the decode steps of the only instance: as asked for, or if a trial paid."""
+    def _for_one_instance(self) -> FusionChoice:
+        """Score between or beside the decode steps of the only instance: as asked for, or if a trial paid."""
         setting = self.setting
         interleaved = self._policy(0, setting.slots, NOMINAL_TICK, interleaves=True)
         if setting.mode == "inter":
-            return Choice(interleaved, "asked for")
+            return FusionChoice(interleaved, "asked for")
         if not setting.overlaps:
-            return Choice(None, "one instance: its ranks decode and score with the same cores", mean_length=1.0)
+            return FusionChoice(None, "one instance: its ranks decode and score with the same cores", mean_length=1.0)
         if self.costs is None:
-            return Choice(None, "costs are being measured")
+            return FusionChoice(None, "costs are being measured")
         if self.overlap is None:
-            return Choice(interleaved, "tried once, to see what it saves", mean_length=self.lengths.mean)
+            return FusionChoice(interleaved, "tried once, to see what it saves", mean_length=self.lengths.mean)
         saved = 1 - self.overlap
         if saved < WORTH:
-            return Choice(None, f"tried once, it saved {max(0.0, saved):.1%}", mean_length=self.lengths.mean)
-        return Choice(interleaved, f"it saves {saved:.1%}", mean_length=self.lengths.mean)
+            return FusionChoice(None, f"tried once, it saved {max(0.0, saved):.1%}", mean_length=self.lengths.mean)
+        return FusionChoice(interleaved, f"it saves {saved:.1%}", mean_length=self.lengths.mean)
 
-    def _simulated(self, number: int) -> Choice:
-        """The best of a grid of thresholds over imagined rollouts; the present one stays unless another is better."""
+    def _simulated(self, number: int) -> FusionChoice:
+        """Choose the best of a grid of thresholds over imagined rollouts; the current one stays unless another is
+        better."""
         setting, costs = self.setting, self.costs
         assert costs is not None
-        machine = Machine(costs, setting.slots, setting.tensor, setting.micro_batch_tokens)
+        config = SimulatorConfig(costs, setting.slots, setting.tensor, setting.micro_batch_tokens)
         drawn = random.Random(f"{setting.seed}/fusion/{number}")
         rollouts = [self._imagined(drawn) for _ in range(DRAWS)]
-        begun = [[DecodingInstance(jobs, machine) for jobs in shares] for shares in rollouts]
-        without = [serial(shares, machine) for shares in rollouts]
+        begun = [[DecodingInstance(samples, config) for samples in shares] for shares in rollouts]
+        without = [serial(shares, config) for shares in rollouts]
         expected_serial = sum(outcome.seconds for outcome in without) / DRAWS
         decoding = (
             sum(outcome.generated for outcome in without) / DRAWS
@@ -173,20 +174,20 @@ class FusionChoice:
         finalists = sorted(policies, key=lambda policy: seconds(policy, draws=1))[:FINALISTS]
         best_seconds, best = min(((seconds(policy), policy) for policy in finalists), key=lambda pair: pair[0])
         if self.current is not None and self.current.policy is not None:
-            kept = replace(self.current.policy, tick=tick)
-            if (kept_seconds := seconds(kept)) <= best_seconds * (1 + WORTH):
-                best_seconds, best = kept_seconds, kept
+            current = replace(self.current.policy, tick=tick)
+            if (current_seconds := seconds(current)) <= best_seconds * (1 + WORTH):
+                best_seconds, best = current_seconds, current
         gain = 1 - best_seconds / expected_serial
         if setting.mode == "auto" and gain < WORTH:
-            return Choice(
+            return FusionChoice(
                 None, f"it would save {max(0.0, gain):.1%}", expected_serial, expected_serial, self.lengths.mean
             )
         reason = "asked for" if setting.mode == "inter" else f"it saves {gain:.1%}"
-        return Choice(best, reason, best_seconds, expected_serial, self.lengths.mean)
+        return FusionChoice(best, reason, best_seconds, expected_serial, self.lengths.mean)
 
     def _grid(self) -> list[tuple[int, int]]:
-        """(threshold, rows) to try: shares of the samples, and whole instances full of them (the curve has its teeth
-        there)."""
+        """Return the (threshold, rows) to try: shares of the samples, and whole instances full of them (the curve has
+        its teeth there)."""
         setting = self.setting
         if setting.threshold:
             return [(setting.threshold, setting.rows or setting.slots)]
@@ -200,25 +201,25 @@ class FusionChoice:
     def _policy(self, threshold: int, rows: int, tick: float, interleaves: bool = False) -> FusionPolicy:
         return FusionPolicy(threshold, rows, tick, self.setting.unit_tokens, interleaves)
 
-    def _imagined(self, drawn: random.Random) -> list[list[Job]]:
-        """A rollout with lengths drawn from the histogram, dealt out one by one."""
+    def _imagined(self, drawn: random.Random) -> list[list[SampleLengths]]:
+        """Draw a rollout with lengths from the histogram, dealt out one by one."""
         setting = self.setting
-        jobs = [
-            Job(index, self.prompts[index % len(self.prompts)], drawn.choice(self.lengths.recent))
+        samples = [
+            SampleLengths(index, self.prompts[index % len(self.prompts)], drawn.choice(self.lengths.recent))
             for index in range(setting.samples)
         ]
-        return [jobs[instance :: setting.instances] for instance in range(setting.instances)]
+        return [samples[instance :: setting.instances] for instance in range(setting.instances)]
 
     def learn(
         self,
-        shares: Sequence[Sequence[Job]],
+        shares: Sequence[Sequence[SampleLengths]],
         by_prompt: dict[int, list[int]],
         achieved: float,
         measured: Sequence[Measured],
         bandwidth: float,
         cache_bytes: int,
     ) -> float:
-        """After a rollout; returns what the costs say that it should have taken (0: not known).
+        """Learn from a rollout; returns the seconds that it should have taken by the costs (0: not known).
 
         `shares` are its samples by the instance that began them; `by_prompt` the lengths of responses by prompt.
         """
@@ -237,34 +238,34 @@ class FusionChoice:
             self.refit()
         return predicted
 
-    def note(self, shares: Sequence[Sequence[Job]], by_prompt: dict[int, list[int]]) -> None:
+    def note(self, shares: Sequence[Sequence[SampleLengths]], by_prompt: dict[int, list[int]]) -> None:
+        """Take in the lengths of a rollout, which all ranks know."""
         self.lengths.add(by_prompt)
-        self.prompts = [job.prompt for jobs in shares for job in jobs]
+        self.prompts = [sample.prompt for samples in shares for sample in samples]
 
     def refit(self) -> None:
-        """Costs from the last measurements; the next choice is made anew."""
-        self.costs = (
-            fit([m for rollout in self.measured for m in rollout], self.bandwidth, self.cache_bytes) or self.costs
-        )
+        """Fit costs to the last measurements; the next choice is made with them."""
+        measured = [measurement for rollout in self.measured for measurement in rollout]
+        self.costs = fit(measured, self.bandwidth, self.cache_bytes) or self.costs
         if self.current is not None:
             self.current = replace(self.current, mean_length=0.0)
 
-    def predict(self, shares: Sequence[Sequence[Job]]) -> float:
-        """Seconds of a rollout with these lengths under the present policy."""
+    def predict(self, shares: Sequence[Sequence[SampleLengths]]) -> float:
+        """Return the seconds of a rollout with these lengths under the current policy; 0: not known."""
         if self.costs is None or self.current is None:
             return 0.0
         setting = self.setting
-        machine = Machine(self.costs, setting.slots, setting.tensor, setting.micro_batch_tokens)
+        config = SimulatorConfig(self.costs, setting.slots, setting.tensor, setting.micro_batch_tokens)
         if self.current.policy is None:
-            return serial(shares, machine).seconds
+            return serial(shares, config).seconds
         if self.current.policy.interleaves:
-            return serial(shares, machine).seconds * (self.overlap or 1.0)
-        return fused(shares, machine, self.current.policy, self.lengths.remaining).seconds
+            return serial(shares, config).seconds * (self.overlap or 1.0)
+        return fused(shares, config, self.current.policy, self.lengths.remaining).seconds
 
     def decided(self) -> dict[str, Any]:
-        """Return what ranks do not find by themselves."""
+        """Return what the other ranks have to be told."""
         return {
-            "costs": self.costs.as_dict() if self.costs else None,
+            "costs": asdict(self.costs) if self.costs else None,
             "current": asdict(self.current) if self.current is not None else None,
             "overlap": self.overlap,
         }
@@ -274,14 +275,14 @@ class FusionChoice:
         self.overlap = decided["overlap"]
         if (current := decided["current"]) is not None:
             policy = FusionPolicy(**current["policy"]) if current["policy"] else None
-            self.current = Choice(**{**current, "policy": policy})
+            self.current = FusionChoice(**{**current, "policy": policy})
 
     def as_dict(self) -> dict[str, Any]:
         decided = {**self.decided(), "instances": self.setting.shape}
         return {"lengths": self.lengths.as_dict(), "prompts": self.prompts, **decided}
 
     def restore(self, values: dict[str, Any]) -> None:
-        """Go on from what `as_dict` gave; what was decided for other instances is decided anew."""
+        """Go on from what `as_dict` gave; what was decided for other instances is decided again."""
         self.lengths.restore(values["lengths"])
         self.prompts = list(values["prompts"])
         if values.get("instances") == self.setting.shape:

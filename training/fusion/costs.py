@@ -3,7 +3,7 @@
 import time
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from inference.generation.engine import StepWork
-from training.fusion.board import Place
+from training.fusion.board import RankPosition
 
 PROBE_BYTES = 4 * 2**20
 """Sent between two instances, to know what moving a sample costs."""
@@ -19,7 +19,7 @@ PROBE_BYTES = 4 * 2**20
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds that one piece of work took: a step of generation, or a forward pass of all roles that score."""
+    """Says how many seconds a step of generation took, or a forward pass of all roles that score."""
 
     seconds: float
     work: StepWork | None = None
@@ -29,7 +29,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of one rank (generation: of one instance).
+    """Gives the seconds of one rank (of generation, of one instance).
 
     A decode step costs a curve over its rows (straight between `rows`, going on at both ends) plus a share of each
     token attended to. Prefill and scoring cost a start and a share of each token. `bandwidth` is bytes a second
@@ -45,11 +45,11 @@ class Costs:
     cache_bytes: int = 0
 
     def decode_seconds(self, rows: int, context: float) -> float:
-        """Of one decode step of `rows` samples that attend to `context` tokens in sum."""
+        """Return those of one decode step of `rows` samples that attend to `context` tokens in sum."""
         return self.step_seconds(rows) + self.per_context * context
 
     def step_seconds(self, rows: int) -> float:
-        """The part of a decode step that does not depend on its context."""
+        """Return the part of a decode step's that does not depend on its context."""
         if len(self.rows) == 1:
             return self.step[0]
         if rows > self.rows[-1]:
@@ -61,7 +61,7 @@ class Costs:
         return self.prefill[0] + self.prefill[1] * tokens
 
     def score_seconds(self, tokens: int) -> float:
-        """Seconds to score one micro-batch in all roles."""
+        """Return those to score one micro-batch in all roles."""
         return self.score[0] + self.score[1] * tokens
 
     def work_seconds(self, work: StepWork) -> float:
@@ -70,15 +70,12 @@ class Costs:
         return work.steps * self.decode_seconds(round(work.rows / work.steps), work.context / work.steps)
 
     def move_seconds(self, tokens: int) -> float:
-        """Seconds to move the keys and values of so many tokens."""
+        """Return those to move the keys and values of so many tokens."""
         return tokens * self.cache_bytes / self.bandwidth
 
     def moves_cache(self, tokens: int) -> bool:
         """Whether keys and values travel faster than they are made again, in a prefill that several samples share."""
         return self.cache_bytes > 0 and self.move_seconds(tokens) < self.prefill[1] * tokens
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -87,7 +84,7 @@ class Costs:
 
 
 def fit(measured: Sequence[Measured], bandwidth: float, cache_bytes: int) -> Costs | None:
-    """Least squares over the measurements, outliers left out; None while a kind of work has not been seen."""
+    """Fit costs to the measurements by least squares, outliers left out; None while a kind of work is unmeasured."""
     decoded = [m for m in measured if m.work is not None and m.work.rows]
     prefilled = [m for m in measured if m.work is not None and m.work.prefilled]
     scored = [m for m in measured if m.scored]
@@ -106,8 +103,8 @@ def fit(measured: Sequence[Measured], bandwidth: float, cache_bytes: int) -> Cos
 
 
 def fit_decode(measured: Sequence[Measured]) -> tuple[tuple[int, ...], tuple[float, ...], float]:
-    """Rows at which the curve has its corners (the ends, and what was seen next to each power of two), seconds there,
-    and seconds a token of context."""
+    """Return the rows at which the curve has its corners (the ends, and what was measured next to each power of two),
+    the seconds there, and seconds a token of context."""
     steps = np.array([m.work.steps for m in measured if m.work], float)
     rows = np.array([m.work.rows for m in measured if m.work]) / steps
     context = np.array([m.work.context for m in measured if m.work]) / steps
@@ -115,7 +112,7 @@ def fit_decode(measured: Sequence[Measured]) -> tuple[tuple[int, ...], tuple[flo
     seen = sorted({int(row) for row in rows})
     powers = [2**power for power in range(12) if seen[0] < 2**power < seen[-1]]
     corners = sorted({seen[0], seen[-1]} | {min(seen, key=lambda row: abs(row - power)) for power in powers})
-    hats = np.stack([np.interp(rows, corners, np.eye(len(corners))[place]) for place in range(len(corners))], axis=1)
+    hats = np.stack([np.interp(rows, corners, np.eye(len(corners))[i]) for i in range(len(corners))], axis=1)
     solution = robust_least_squares(np.column_stack([hats, context]), seconds)
     if solution[-1] < 0:  # too short a range of contexts: noise is steeper than the slope
         solution = np.append(robust_least_squares(hats, seconds), 0.0)
@@ -124,7 +121,7 @@ def fit_decode(measured: Sequence[Measured]) -> tuple[tuple[int, ...], tuple[flo
 
 
 def fit_line(amounts: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
-    """(start, share of each): through the origin where the amounts are too much alike to tell the two apart."""
+    """Return (start, share of each): through the origin where the amounts are too alike to tell the two apart."""
     x, y = np.array(amounts, float), np.array(seconds)
     if x.max() >= 1.5 * x.min():
         start, slope = robust_least_squares(np.column_stack([np.ones_like(x), x]), y)
@@ -134,7 +131,7 @@ def fit_line(amounts: Sequence[int], seconds: Sequence[float]) -> tuple[float, f
 
 
 def robust_least_squares(features: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    """Least squares, then again without what lies more than four typical deviations off (another process ran)."""
+    """Solve, then again without what lies more than four typical deviations off (another process ran)."""
     solution = np.linalg.lstsq(features, seconds, rcond=None)[0]
     deviation = np.abs(features @ solution - seconds)
     near = deviation <= 4 * max(float(np.median(deviation)), 1e-9)
@@ -143,13 +140,14 @@ def robust_least_squares(features: np.ndarray, seconds: np.ndarray) -> np.ndarra
     return np.linalg.lstsq(features[near], seconds[near], rcond=None)[0]
 
 
-def measure_bandwidth(place: Place, device: torch.device) -> float:
-    """Bytes a second from one instance to the next. All ranks call it; a last one without a neighbour measures none."""
-    neighbour = place.instance ^ 1
-    if neighbour >= place.layout.data:
+def measure_bandwidth(position: RankPosition, device: torch.device) -> float:
+    """Return the bytes a second from one instance to the next, infinite for a last one without a neighbour. All ranks
+    call it."""
+    neighbour = position.instance ^ 1
+    if neighbour >= position.layout.data:
         return float("inf")
     buffer = torch.zeros(PROBE_BYTES, dtype=torch.uint8, device=device)
-    peer, first = place.peer(neighbour), place.instance < neighbour
+    peer, first = position.peer(neighbour), position.instance < neighbour
     best = float("inf")
     for _ in range(3):  # the first one sets up the connection
         begun = time.perf_counter()
@@ -161,12 +159,12 @@ def measure_bandwidth(place: Place, device: torch.device) -> float:
     return PROBE_BYTES / best
 
 
-KEPT = 1024
+MOST_RECENT = 1024
 """Newest lengths that make the histogram."""
 
 
 class LengthStatistics:
-    """Running statistics over response lengths, the same on every rank."""
+    """Keeps running statistics of response lengths, the same on every rank."""
 
     def __init__(self, longest: int):
         """`longest` is the limit of a response."""
@@ -177,11 +175,11 @@ class LengthStatistics:
         self._sums: list[int] = []
 
     def add(self, lengths: Mapping[int, Sequence[int]]) -> None:
-        """Of one iteration: place of the prompt in its data set -> lengths of its responses."""
-        for prompt, found in lengths.items():
-            self.recent += found
-            self.by_prompt[prompt] = round(sum(found) / len(found))
-        self.recent = self.recent[-KEPT:]
+        """Add those of one iteration: index of the prompt in its data set -> lengths of its responses."""
+        for prompt, of_responses in lengths.items():
+            self.recent += of_responses
+            self.by_prompt[prompt] = round(sum(of_responses) / len(of_responses))
+        self.recent = self.recent[-MOST_RECENT:]
         self._sort()
 
     def _sort(self) -> None:
@@ -195,11 +193,12 @@ class LengthStatistics:
         return self._sums[-1] / len(self._sorted) if self._sorted else self.longest / 2
 
     def expected(self, prompt: int) -> float:
-        """Length of the next response to a prompt: as the last ones to it, else as all."""
+        """Return the length of the next response to a prompt: as the last ones to it, else as all."""
         return self.by_prompt.get(prompt, self.mean)
 
     def remaining(self, tokens: int) -> float:
-        """Tokens still to come of a response that has `tokens` and has not ended: the mean over all longer ones."""
+        """Return the tokens still to come of a response that has `tokens` and has not ended: the mean over all longer
+        ones."""
         longer = len(self._sorted) - bisect_right(self._sorted, tokens)
         if longer == 0:
             return max(1.0, (self.longest - tokens) / 2)
@@ -215,12 +214,12 @@ class LengthStatistics:
 
 
 def deal(expected: Sequence[float], instances: int) -> list[list[int]]:
-    """Places 0 .. n-1 for each instance: longest first, each to the instance with the least work by then (then the
-    fewest samples)."""
+    """Deal samples 0 .. n-1 to instances: longest first, each to the one with the least work by then (then the fewest
+    samples)."""
     shares: list[list[int]] = [[] for _ in range(instances)]
     load = [(0.0, 0)] * instances
-    for place in sorted(range(len(expected)), key=lambda place: (-expected[place], place)):
+    for sample in sorted(range(len(expected)), key=lambda sample: (-expected[sample], sample)):
         instance = min(range(instances), key=lambda i: (load[i], i))
-        shares[instance].append(place)
-        load[instance] = (load[instance][0] + expected[place], load[instance][1] + 1)
+        shares[instance].append(sample)
+        load[instance] = (load[instance][0] + expected[sample], load[instance][1] + 1)
     return shares

@@ -1,4 +1,4 @@
-"""Inter-stage fusion over the rollouts of a run: the choice before each one, the fused ones, what is learnt of them."""
+"""Inter-stage fusion over the rollouts of a run: the choice before each, the fused ones, what is learned from them."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,11 +7,10 @@ from typing import TypeVar
 from torch import Tensor
 
 from inference.generation.engine import Decoding
-from training.fusion.board import Aside, Begin, Board, Place, Timeline
-from training.fusion.choice import NOMINAL, Choice, FusionChoice, Setting
+from training.fusion.board import BackgroundScoring, Begin, Board, RankPosition, SampleLengths, Timeline
+from training.fusion.choice import NOMINAL, FusionChoice, FusionChooser, Setting
 from training.fusion.costs import LengthStatistics, deal, measure_bandwidth
 from training.fusion.rollout import FusedRollout, Report
-from training.fusion.simulator import Job
 from training.plan import Assignment
 from training.stage import Stage
 
@@ -21,16 +20,17 @@ UNIT_TOKENS = {"cpu": 128, "cuda": 2048}
 
 
 class Fusion:
-    """All ranks call it together. `chooser` is what a checkpoint keeps."""
+    """Fuses the rollouts of a run. All ranks call it together; checkpoints save its `chooser`."""
 
     def __init__(self, stage: Stage, generation: Assignment, can_fuse: bool):
         """`generation` is what the plan says of it; `can_fuse` says whether each rank can score alone."""
         layout = generation.layout
-        self.stage, self.ranks, self.place = stage, stage.ranks, Place(stage.ranks.rank, layout)
+        self.stage, self.ranks = stage, stage.ranks
+        self.position = RankPosition(stage.ranks.rank, layout)
         settings, device = stage.config.rlhf, stage.ranks.device.type
         self.move = settings.fusion.move
         samples = settings.prompts_per_iteration * settings.samples_per_prompt
-        self.chooser = FusionChoice(
+        self.chooser = FusionChooser(
             Setting(
                 mode=settings.fusion.mode if can_fuse else "none",
                 instances=layout.data,
@@ -54,8 +54,8 @@ class Fusion:
         self.bandwidth = 0.0
         """Bytes a second between instances, once it is measured."""
 
-    def choose(self, number: int) -> Choice:
-        """For the rollout of iteration `number`; the first rank decides for all."""
+    def choose(self, number: int) -> FusionChoice:
+        """Choose for the rollout of iteration `number`; the first rank decides for all."""
         if self.ranks.is_first:
             self.chooser.next(number)
         told = self.ranks.tell(self.chooser.decided(), "the choice of fusion")
@@ -69,14 +69,14 @@ class Fusion:
             self.stage.display.say(f"PPO iteration {number}: {choice}")
         return choice
 
-    def deal(self, seats: Sequence[int]) -> list[list[int]]:
-        """The samples that each instance begins. `seats` are the places of their prompts in the data: what is known of
-        lengths is known by these."""
-        return deal([self.chooser.lengths.expected(seat) for seat in seats], self.place.layout.data)
+    def deal(self, prompt_rows: Sequence[int]) -> list[list[int]]:
+        """Return the samples that each instance begins. `prompt_rows` are the rows of their prompts in the data, by
+        which lengths are known."""
+        return deal([self.chooser.lengths.expected(row) for row in prompt_rows], self.position.layout.data)
 
     @contextmanager
     def board(self, number: int) -> Iterator[Board]:
-        """Of iteration `number`. All ranks must meet before its end, then nobody reads any more."""
+        """Give the board of iteration `number`. All ranks must meet before its end: then nobody reads any more."""
         board = Board(f"rollout/{number}", self.ranks.roll_call)
         yield board
         board.clear()
@@ -85,17 +85,17 @@ class Fusion:
         self,
         decoding: Decoding,
         prompts: Sequence[Tensor],
-        choice: Choice,
+        choice: FusionChoice,
         board: Board,
         begin_scoring: Begin[S],
         timeline: Timeline,
     ) -> tuple[list[S], Report]:
-        """Generation and scoring woven together: what this rank has scored, and what it did for that."""
+        """Generate and score together; returns what this rank has scored, and what it did for that."""
         assert choice.policy is not None
         costs = self.chooser.costs or NOMINAL
         moves_cache = {"auto": costs.moves_cache, "cache": lambda tokens: True, "tokens": lambda tokens: False}
         rollout = FusedRollout(
-            self.place,
+            self.position,
             decoding,
             prompts,
             board,
@@ -103,7 +103,7 @@ class Fusion:
             costs,
             self.chooser.lengths.remaining,
             moves_cache[self.move],
-            Aside(begin_scoring, self.ranks.device),
+            BackgroundScoring(begin_scoring, self.ranks.device),
             timeline,
         )
         return rollout.run(), rollout.report
@@ -111,40 +111,39 @@ class Fusion:
     def learn(
         self,
         number: int,
-        choice: Choice,
+        choice: FusionChoice,
         shares: list[list[int]],
-        seats: Sequence[int],
-        jobs: Sequence[Job],
+        prompt_rows: Sequence[int],
+        samples: Sequence[SampleLengths],
         report: Report,
         achieved: float,
         decoding: Decoding | None,
     ) -> dict[str, float]:
-        """Lengths and costs of a rollout of `achieved` seconds, for the choices to come; returns metrics.
+        """Learn lengths and costs from a rollout of `achieved` seconds, for the choices to come; returns metrics.
 
-        `jobs` are all samples in order, `seats` the places of their prompts, `shares` those of `deal`,
-        `decoding` what generated them.
+        `samples` are all samples in order, `prompt_rows` and `shares` as in `deal`, `decoding` what generated them.
         """
         setting = self.chooser.setting
         if setting.mode == "none" or not (setting.instances > 1 or setting.overlaps):
             return {}
         if not self.bandwidth:
-            self.bandwidth = measure_bandwidth(self.place, self.ranks.device)
+            self.bandwidth = measure_bandwidth(self.position, self.ranks.device)
         by_prompt: dict[int, list[int]] = {}
-        for seat, job in zip(seats, jobs, strict=True):
-            by_prompt.setdefault(seat, []).append(job.response)
-        dealt = [[jobs[i] for i in share] for share in shares]
-        found = achieved, self.bandwidth, report.measured, report.repackings, report.moved
-        gathered = self.ranks.gather_on_first(found, "the costs of a rollout")
+        for row, sample in zip(prompt_rows, samples, strict=True):
+            by_prompt.setdefault(row, []).append(sample.response)
+        dealt = [[samples[i] for i in share] for share in shares]
+        ours = achieved, self.bandwidth, report.measured, report.repackings, report.moved
+        gathered = self.ranks.gather_on_first(ours, "the costs of a rollout")
         if not gathered:
             self.chooser.note(dealt, by_prompt)
             return {}
-        of_ranks, bandwidths, measured, repackings, moved = zip(*gathered, strict=True)
-        achieved = max(of_ranks)
-        every = [m for of_rank in measured for m in of_rank]
+        seconds, bandwidths, measured, repackings, moved = zip(*gathered, strict=True)
+        achieved = max(seconds)
+        measurements = [measurement for of_rank in measured for measurement in of_rank]
         assert decoding is not None
-        kept = decoding.cache.empty(1)
-        cache_bytes = kept.numel() * kept.element_size()
-        predicted = self.chooser.learn(dealt, by_prompt, achieved, every, min(bandwidths), cache_bytes)
+        one_token = decoding.cache.empty(1)
+        cache_bytes = one_token.numel() * one_token.element_size()
+        predicted = self.chooser.learn(dealt, by_prompt, achieved, measurements, min(bandwidths), cache_bytes)
         if choice.policy is not None and self.tells:
             self.stage.display.say(
                 f"PPO iteration {number}: fusion: {max(repackings)} repackings moved "

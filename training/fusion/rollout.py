@@ -23,15 +23,15 @@ from inference.generation.engine import Decoding
 from inference.generation.sampler import Sample
 from training.data.batching import fill_micro_batches
 from training.fusion.board import (
-    Aside,
+    BackgroundScoring,
     Board,
     FusionPolicy,
-    Place,
+    RankPosition,
     Remaining,
     Repacking,
+    SampleLengths,
     SampleMove,
     Timeline,
-    Unfinished,
     decide,
 )
 from training.fusion.costs import Costs, Measured
@@ -42,6 +42,8 @@ MovesCache = Callable[[int], bool]
 
 @dataclass
 class Report:
+    """Says what a rank did in a rollout."""
+
     measured: list[Measured] = field(default_factory=list)
     repackings: int = 0
     moved: int = 0
@@ -50,11 +52,11 @@ class Report:
 
 
 class FusedRollout(Generic[S]):
-    """Decodes this rank's share and scores what there is to score; `run` once. All ranks do so together."""
+    """Decodes this rank's share and scores what is handed out. All ranks `run` it together, once."""
 
     def __init__(
         self,
-        place: Place,
+        position: RankPosition,
         decoding: Decoding,
         prompts: Sequence[Tensor],  # of all samples, by index
         board: Board,
@@ -62,14 +64,14 @@ class FusedRollout(Generic[S]):
         costs: Costs,
         remaining: Remaining,
         moves_cache: MovesCache,
-        aside: Aside[S],
+        background: BackgroundScoring[S],
         timeline: Timeline,
     ):
-        self.place, self.decoding, self.prompts, self.board = place, decoding, prompts, board
+        self.position, self.decoding, self.prompts, self.board = position, decoding, prompts, board
         self.policy, self.costs, self.remaining, self.moves_cache = policy, costs, remaining, moves_cache
-        self.aside, self.timeline = aside, timeline
+        self.background, self.timeline = background, timeline
         self.report = Report()
-        self.active = tuple(range(place.layout.data))
+        self.active = tuple(range(position.layout.data))
         self.clock, self.tick = 0.0, 0
         self.is_open = policy.interleaves
         """Whether there are ranks that score: only then are ended samples handed out."""
@@ -85,20 +87,20 @@ class FusedRollout(Generic[S]):
         self._decode()
         self.is_open = True
         self._hand_out(all_of_it=True)
-        if self.place.speaks:
-            self.board.post(f"over/{self.place.instance}", True)
-            if self.board.count("over") == self.place.layout.data:
+        if self.position.speaks:
+            self.board.post(f"over/{self.position.instance}", True)
+            if self.board.count("over") == self.position.layout.data:
                 self._end_units()
         with self.timeline.span("migrate"):
             for work, _ in self.sends:
                 work.wait()
         while self._score():
             pass
-        self.scored += self.aside.collect()
+        self.scored += self.background.collect()
         return self.scored
 
     def _decode(self) -> None:
-        """Until nothing is left here, or what is left has gone elsewhere."""
+        """Decode until nothing is left here, or what is left has gone elsewhere."""
         while True:
             self.tick += 1
             while not self.decoding.is_over and self.clock < self.tick * self.policy.tick:
@@ -106,13 +108,13 @@ class FusedRollout(Generic[S]):
             if len(self.active) > 1 or self.arriving:
                 self._take()
                 self._carry_out(self._decision())
-                if self.place.instance not in self.active:
+                if self.position.instance not in self.active:
                     return
                 self._post_status()
             if self.decoding.is_over and not self.arriving:
                 return
             self._hand_out()
-            if self.policy.interleaves and not self.aside.is_busy():
+            if self.policy.interleaves and not self.background.is_busy():
                 self._score(waits=False)
 
     def _step(self) -> None:
@@ -125,26 +127,26 @@ class FusedRollout(Generic[S]):
         self.ended += [sample for sample in grown if sample.is_over]
 
     def _post_status(self) -> None:
-        """The last one that comes to a tick decides for all."""
-        if not self.place.speaks or len(self.active) == 1:
+        """Post what is left here; the last one that comes to a tick decides for all."""
+        if not self.position.speaks or len(self.active) == 1:
             return
-        left = [Unfinished(s.index, len(s.prompt_ids), len(s.response_ids)) for s in self.decoding.unfinished]
+        left = [SampleLengths(s.index, len(s.prompt_ids), len(s.response_ids)) for s in self.decoding.unfinished]
         for move in self.arriving:
             prompt = len(self.prompts[move.index])
-            left.append(Unfinished(move.index, prompt, move.length - prompt))
-        self.board.post(f"left/{self.tick}/{self.place.instance}", [astuple(each) for each in left])
+            left.append(SampleLengths(move.index, prompt, move.length - prompt))
+        self.board.post(f"left/{self.tick}/{self.position.instance}", [astuple(sample) for sample in left])
         came, samples, busy = self.board.tally(f"came/{self.tick}", len(left))
         if came == len(self.active):
             self._decide(samples, busy)
 
     def _decide(self, samples: int, busy: int) -> None:
-        """On `samples` unfinished ones of all active instances, of which `busy` have some."""
+        """Decide on `samples` unfinished ones of all active instances, of which `busy` have some."""
         repacking = None
         if self.policy.instances_for(samples, busy) < len(self.active):
             keys = [f"left/{self.tick}/{instance}" for instance in self.active]
             notices = self.board.read_all(keys)
             left = {
-                instance: [Unfinished(*each) for each in notice]
+                instance: [SampleLengths(*lengths) for lengths in notice]
                 for instance, notice in zip(self.active, notices, strict=True)
             }
             repacking = decide(left, self.policy, self.remaining)
@@ -154,7 +156,7 @@ class FusedRollout(Generic[S]):
         if self.tick == 1 or len(self.active) == 1:
             return None
         with self.timeline.span("idle"):
-            came = {self.place.speaker(instance): f"left/{self.tick - 1}/{instance}" for instance in self.active}
+            came = {self.position.speaker(instance): f"left/{self.tick - 1}/{instance}" for instance in self.active}
             told = self.board.read(f"decision/{self.tick - 1}", came, "generation")
         if told is None:
             return None
@@ -167,8 +169,8 @@ class FusedRollout(Generic[S]):
         self.active = repacking.keepers
         self.is_open = True
         self.report.repackings += bool(repacking.moves)
-        self._give([move for move in repacking.moves if move.source == self.place.instance])
-        self.arriving = [move for move in repacking.moves if move.target == self.place.instance]
+        self._give([move for move in repacking.moves if move.source == self.position.instance])
+        self.arriving = [move for move in repacking.moves if move.target == self.position.instance]
 
     def _give(self, moves: list[SampleMove]) -> None:
         """Send samples away: tokens and log-probabilities over the board, keys and values from rank to rank."""
@@ -177,16 +179,19 @@ class FusedRollout(Generic[S]):
             sending: list[tuple[Tensor, int]] = []
             for move in moves:
                 sample = unfinished.get(move.index)  # it may have ended since
-                notice = kept = None
+                notice = cache = None
                 if sample is not None:
-                    (kept,) = self.decoding.take([sample], with_cache=self.moves_cache(move.length))
-                    notice = sample.response_ids, sample.logprobs, sample.limit, kept is not None
-                if kept is not None:
-                    sending.append((kept, self.place.peer(move.target)))
-                if self.place.speaks:
+                    (cache,) = self.decoding.take([sample], with_cache=self.moves_cache(move.length))
+                    notice = sample.response_ids, sample.logprobs, sample.limit, cache is not None
+                if cache is not None:
+                    sending.append((cache, self.position.peer(move.target)))
+                if self.position.speaks:
                     self.board.post(f"move/{move.index}/{move.target}", notice)
-            for kept, peer in sending:  # receivers know of all of them by now
-                self.sends.append((sent(dist.isend(kept, peer)), kept))
+            for cache, peer in sending:  # receivers know of all of them by now
+                work = dist.isend(cache, peer)
+                if work is None:
+                    raise RuntimeError("this rank is not in the process group")
+                self.sends.append((work, cache))
 
     def _take(self) -> None:
         """Receive what was promised at the last tick."""
@@ -195,16 +200,16 @@ class FusedRollout(Generic[S]):
         with self.timeline.span("migrate"):
             for move in self.arriving:
                 key = f"move/{move.index}/{move.target}"
-                notice = self.board.read(key, {self.place.speaker(move.source): key}, "generation")
+                notice = self.board.read(key, {self.position.speaker(move.source): key}, "generation")
                 if notice is None:
                     continue
                 response_ids, logprobs, limit, with_cache = notice
                 sample = Sample(move.index, self.prompts[move.index], limit, response_ids, logprobs)
-                kept = None
+                cache = None
                 if with_cache:
-                    kept = self.decoding.cache.empty(sample.length - 1)
-                    dist.recv(kept, self.place.peer(move.source))
-                self.decoding.add(sample, kept)
+                    cache = self.decoding.cache.empty(sample.length - 1)
+                    dist.recv(cache, self.position.peer(move.source))
+                self.decoding.add(sample, cache)
                 self.report.moved += 1
                 self.report.moved_with_cache += with_cache
         self.arriving = []
@@ -218,7 +223,7 @@ class FusedRollout(Generic[S]):
         units = [batch.rows for batch in fill_micro_batches(rows, lengths, self.policy.unit_tokens)]
         if not all_of_it and units and sum(lengths[row] for row in units[-1]) < self.policy.unit_tokens / 2:
             units.pop()
-        if self.place.speaks and units:
+        if self.position.speaks and units:
             first = self.board.count("units", len(units)) - len(units)
             for number, unit in enumerate(units, first):
                 samples = [self.ended[row] for row in unit]
@@ -228,9 +233,9 @@ class FusedRollout(Generic[S]):
         self.ended = [sample for row, sample in enumerate(self.ended) if row not in gone]
 
     def _end_units(self) -> None:
-        """No unit will come: tell the tickets that are still out, at most one of each rank."""
+        """Tell the tickets that are still out, at most one of each rank, that no unit will come."""
         units = self.board.count("units", 0)
-        for number in range(units, units + len(self.place.layout.mesh)):
+        for number in range(units, units + len(self.position.layout.mesh)):
             self.board.post(f"unit/{number}", None)
 
     def _score(self, waits: bool = True) -> bool:
@@ -241,7 +246,8 @@ class FusedRollout(Generic[S]):
         if not waits and not self.board.has(unit):
             return False
         with self.timeline.span("idle"):
-            over = {self.place.speaker(instance): f"over/{instance}" for instance in range(self.place.layout.data)}
+            instances = range(self.position.layout.data)
+            over = {self.position.speaker(instance): f"over/{instance}" for instance in instances}
             notice = self.board.read(unit, over, "generation")
         if notice is None:
             return False
@@ -252,19 +258,10 @@ class FusedRollout(Generic[S]):
         ]
         with self.timeline.span("score"):
             begun = time.perf_counter()
-            self.scored += self.aside.collect()
-            self.aside.start(samples)
+            self.scored += self.background.collect()
+            self.background.start(samples)
             if waits:
-                self.scored += self.aside.collect()
-                self.report.measured.append(Measured(time.perf_counter() - begun, scored=tokens_of(samples)))
+                self.scored += self.background.collect()
+                tokens = sum(sample.length for sample in samples)
+                self.report.measured.append(Measured(time.perf_counter() - begun, scored=tokens))
         return True
-
-
-def tokens_of(samples: list[Sample]) -> int:
-    return sum(sample.length for sample in samples)
-
-
-def sent(work: dist.Work | None) -> dist.Work:
-    if work is None:
-        raise RuntimeError("this rank is not in the process group")
-    return work

@@ -16,43 +16,32 @@ from operator import itemgetter
 
 from inference.generation.engine import PREFILL_TOKENS
 from training.data.batching import plan_micro_batches
-from training.fusion.board import FusionPolicy, Remaining, Span, Unfinished, decide
+from training.fusion.board import FusionPolicy, Remaining, SampleLengths, Span, decide
 from training.fusion.costs import Costs
 
 
 @dataclass(frozen=True)
-class Job:
-    """A sample whose length is known."""
-
-    index: int
-    prompt: int
-    response: int
-
-    @property
-    def length(self) -> int:
-        return self.prompt + self.response
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a rollout runs on."""
+class SimulatorConfig:
+    """Says what a simulated rollout runs on, and what work costs there."""
 
     costs: Costs
     slots: int
-    """Of an instance."""
+    """The slots of an instance."""
     tensor: int = 1
-    """Ranks of an instance."""
+    """The ranks of an instance."""
     micro_batch_tokens: int = 4096
-    """Of scoring without fusion."""
+    """Tokens of a micro-batch that is scored without fusion."""
 
     @cached_property
     def step_seconds(self) -> list[float]:
-        """Of a decode step, without its context, by its rows."""
+        """Seconds of a decode step, without its context, by its rows."""
         return [self.costs.step_seconds(rows) for rows in range(self.slots + 1)]
 
 
 @dataclass
 class SimulatedRollout:
+    """Says how a simulated rollout went."""
+
     seconds: float
     """From the start of generation to the end of scoring."""
     generated: float
@@ -63,7 +52,7 @@ class SimulatedRollout:
     repackings: int = 0
     moved: int = 0
     spans: list[list[Span]] = field(default_factory=list)
-    """By rank."""
+    """What each rank does, by rank."""
 
     @property
     def idle(self) -> float:
@@ -71,19 +60,19 @@ class SimulatedRollout:
 
 
 class DecodingInstance:
-    """One instance that decodes: a clock, rows and a queue."""
+    """Simulates one instance that decodes: a clock, rows and a queue."""
 
-    def __init__(self, jobs: Sequence[Job], machine: Machine):
-        self.machine = machine
+    def __init__(self, samples: Sequence[SampleLengths], config: SimulatorConfig):
+        self.config = config
         self.clock = 0.0
-        self.waiting = deque((job, 0) for job in jobs)
-        """Each with its tokens so far."""
-        self.running: list[tuple[int, Job]] = []
-        """Each with the number of the decode step that ends it; the first to end stands last."""
+        self.waiting = deque((sample, 0) for sample in samples)
+        """Samples, each with its tokens so far."""
+        self.running: list[tuple[int, SampleLengths]] = []
+        """Each sample with the number of the decode step that ends it; the first to end stands last."""
         self.steps = 0
         self.context = 0
         """Tokens that the next step attends to."""
-        self.ended: list[tuple[float, Job]] = []
+        self.ended: list[tuple[float, SampleLengths]] = []
         self.begun = 0.0
         """When the last step began."""
         self.ending_steps: list[float] = []
@@ -91,7 +80,7 @@ class DecodingInstance:
         self._course: DecodingInstance | None = None
 
     def copy(self) -> "DecodingInstance":
-        other = DecodingInstance([], self.machine)
+        other = DecodingInstance([], self.config)
         other.__dict__.update(self.__dict__)
         other.waiting, other.running = self.waiting.copy(), self.running.copy()
         other.ended, other.ending_steps = self.ended.copy(), self.ending_steps.copy()
@@ -99,7 +88,7 @@ class DecodingInstance:
 
     @property
     def course(self) -> "DecodingInstance":
-        """The instance as it ends if no sample comes or goes."""
+        """Return the instance as it ends if no sample comes or goes."""
         if self._course is None:
             course = self.copy()
             course.advance()
@@ -107,51 +96,51 @@ class DecodingInstance:
         return self._course
 
     @property
-    def left(self) -> list[Unfinished]:
-        running = [(job, job.response - (end - self.steps)) for end, job in self.running]
-        return [Unfinished(job.index, job.prompt, done) for job, done in (*running, *self.waiting)]
+    def left(self) -> list[SampleLengths]:
+        running = [(sample, sample.response - (end - self.steps)) for end, sample in self.running]
+        return [SampleLengths(sample.index, sample.prompt, done) for sample, done in (*running, *self.waiting)]
 
     def left_at(self, time: float) -> int:
-        """Samples that steps begun before `time` leave unfinished, if none comes or goes."""
+        """Count the samples that steps begun before `time` leave unfinished, if none comes or goes."""
         ending = self.course.ending_steps
         return len(ending) - bisect_left(ending, time)
 
     def advance(self, until: float = math.inf) -> None:
         """Make every step that begins before `until`."""
         while (self.running or self.waiting) and self.clock < until:
-            if self.waiting and len(self.running) < self.machine.slots:
+            if self.waiting and len(self.running) < self.config.slots:
                 self._prefill()
             else:
                 self._decode(until)
             while self.running and self.running[-1][0] <= self.steps:
-                _, job = self.running.pop()
-                self.context -= job.length - 1
-                self.ended.append((self.clock, job))
+                _, sample = self.running.pop()
+                self.context -= sample.length - 1
+                self.ended.append((self.clock, sample))
                 self.ending_steps.append(self.begun)
 
     def _prefill(self) -> None:
         tokens = 0
-        admitted: list[tuple[Job, int]] = []
-        while self.waiting and len(self.running) + len(admitted) < self.machine.slots:
-            job, done = self.waiting[0]
-            more = job.prompt + max(0, done - 1)
+        admitted: list[tuple[SampleLengths, int]] = []
+        while self.waiting and len(self.running) + len(admitted) < self.config.slots:
+            sample, done = self.waiting[0]
+            more = sample.prompt + max(0, done - 1)
             if admitted and tokens + more > PREFILL_TOKENS:
                 break
             tokens += more
             admitted.append(self.waiting.popleft())
-        for job, done in admitted:
-            self._admit(job, max(done, 1))
+        for sample, done in admitted:
+            self._admit(sample, max(done, 1))
         self.begun = self.clock
-        self.clock += self.machine.costs.prefill_seconds(tokens)
+        self.clock += self.config.costs.prefill_seconds(tokens)
 
-    def _admit(self, job: Job, done: int) -> None:
-        insort(self.running, (self.steps + job.response - done, job), key=lambda pair: -pair[0])
-        self.context += job.prompt + done - 1
+    def _admit(self, sample: SampleLengths, done: int) -> None:
+        insort(self.running, (self.steps + sample.response - done, sample), key=lambda pair: -pair[0])
+        self.context += sample.prompt + done - 1
 
     def _decode(self, until: float) -> None:
-        """Steps up to the next end of a sample, or up to `until`."""
+        """Make the steps up to the next end of a sample, or up to `until`."""
         rows, context, count = len(self.running), self.context, self.running[-1][0] - self.steps
-        step, share = self.machine.step_seconds[rows], self.machine.costs.per_context
+        step, share = self.config.step_seconds[rows], self.config.costs.per_context
 
         def seconds(steps: int) -> float:
             return steps * step + share * (steps * context + rows * steps * (steps - 1) / 2)
@@ -167,60 +156,60 @@ class DecodingInstance:
         self.steps += count
         self.context += rows * count
 
-    def drop(self, index: int) -> tuple[Job, int] | None:
-        """A sample that leaves, with its tokens so far; None if it has ended."""
+    def drop(self, index: int) -> tuple[SampleLengths, int] | None:
+        """Remove a sample and return it with its tokens so far; None if it has ended."""
         self._course = None
-        for end, job in self.running:
-            if job.index == index:
-                self.running.remove((end, job))
-                done = job.response - (end - self.steps)
-                self.context -= job.prompt + done - 1
-                return job, done
-        for job, done in self.waiting:
-            if job.index == index:
-                self.waiting.remove((job, done))
-                return job, done
+        for end, sample in self.running:
+            if sample.index == index:
+                self.running.remove((end, sample))
+                done = sample.response - (end - self.steps)
+                self.context -= sample.prompt + done - 1
+                return sample, done
+        for sample, done in self.waiting:
+            if sample.index == index:
+                self.waiting.remove((sample, done))
+                return sample, done
         return None
 
-    def take(self, job: Job, done: int) -> None:
-        """A sample that comes, with its keys and values or, where these are made anew faster, to be prefilled."""
+    def take(self, sample: SampleLengths, done: int) -> None:
+        """Add a sample with its keys and values or, where these are computed again faster, to be prefilled."""
         self._course = None
-        tokens, costs = job.prompt + max(0, done - 1), self.machine.costs
-        if done and costs.moves_cache(tokens) and len(self.running) < self.machine.slots:
+        tokens, costs = sample.prompt + max(0, done - 1), self.config.costs
+        if done and costs.moves_cache(tokens) and len(self.running) < self.config.slots:
             self.clock += costs.move_seconds(tokens)
-            self._admit(job, done)
+            self._admit(sample, done)
         else:
-            self.waiting.appendleft((job, done))
+            self.waiting.appendleft((sample, done))
 
 
-def serial(shares: Sequence[Sequence[Job]], machine: Machine) -> SimulatedRollout:
-    """Generation, and when all have ended scoring on all ranks."""
-    costs, ranks = machine.costs, len(shares) * machine.tensor
-    instances = [DecodingInstance(jobs, machine) for jobs in shares]
+def serial(shares: Sequence[Sequence[SampleLengths]], config: SimulatorConfig) -> SimulatedRollout:
+    """Simulate generation, and when all samples have ended scoring on all ranks."""
+    costs, ranks = config.costs, len(shares) * config.tensor
+    instances = [DecodingInstance(samples, config) for samples in shares]
     for instance in instances:
         instance.advance()
     generated = max(instance.clock for instance in instances)
-    lengths = [job.length for jobs in shares for job in jobs]
-    plans = plan_micro_batches(lengths, machine.micro_batch_tokens, ranks)
+    lengths = [sample.length for samples in shares for sample in samples]
+    plans = plan_micro_batches(lengths, config.micro_batch_tokens, ranks)
     scoring = [sum(costs.score_seconds(sum(lengths[row] for row in batch.rows)) for batch in plan) for plan in plans]
-    busy = machine.tensor * sum(instance.clock for instance in instances) + sum(scoring)
+    busy = config.tensor * sum(instance.clock for instance in instances) + sum(scoring)
     spans = [
-        [Span("generate", 0.0, instances[rank // machine.tensor].clock), Span("score", generated, generated + seconds)]
+        [Span("generate", 0.0, instances[rank // config.tensor].clock), Span("score", generated, generated + seconds)]
         for rank, seconds in enumerate(scoring)
     ]
     return SimulatedRollout(generated + max(scoring), generated, busy, ranks, spans=spans)
 
 
 def fused(
-    shares: Sequence[Sequence[Job]], machine: Machine, policy: FusionPolicy, remaining: Remaining
+    shares: Sequence[Sequence[SampleLengths]], config: SimulatorConfig, policy: FusionPolicy, remaining: Remaining
 ) -> SimulatedRollout:
-    """What `FusedRollout` does under a policy; ranks that decode do not score."""
-    return fused_from([DecodingInstance(jobs, machine) for jobs in shares], policy, remaining)
+    """Simulate what `FusedRollout` does under a policy; ranks that decode do not score."""
+    return fused_from([DecodingInstance(samples, config) for samples in shares], policy, remaining)
 
 
 def fused_from(begun: Sequence[DecodingInstance], policy: FusionPolicy, remaining: Remaining) -> SimulatedRollout:
-    """`fused`, from instances that are left as they are: policies share what comes before samples move."""
-    machine = begun[0].machine
+    """Do as `fused`, from instances that stay unchanged: policies share what comes before samples move."""
+    config = begun[0].config
     instances = dict(enumerate(begun))
     active = dict(instances)
     ends = endings(active)
@@ -263,21 +252,21 @@ def fused_from(begun: Sequence[DecodingInstance], policy: FusionPolicy, remainin
     courses = [instance.course for instance in instances.values()]
     generated = max(course.clock for course in courses)
     units = [unit for course in courses for unit in handed_out(course, opened, policy)]
-    free = [(courses[rank // machine.tensor].clock, rank) for rank in range(len(courses) * machine.tensor)]
+    free = [(courses[rank // config.tensor].clock, rank) for rank in range(len(courses) * config.tensor)]
     spans = [[Span("generate", 0.0, start)] for start, _ in free]
     busy_seconds = sum(start for start, _ in free)
-    end = score_units(units, free, machine.costs, spans)
+    end = score_units(units, free, config.costs, spans)
     busy_seconds += sum(span.end - span.start for rank in spans for span in rank[1:])
     return SimulatedRollout(max(end, generated), generated, busy_seconds, len(spans), repackings, moved, spans)
 
 
 def endings(active: dict[int, DecodingInstance]) -> list[float]:
-    """When the steps begin that end the samples of these instances, in order."""
+    """Return when the steps begin that end the samples of these instances, in order."""
     return sorted(time for instance in active.values() for time in instance.course.ending_steps)
 
 
 def first_tick(active: dict[int, DecodingInstance], ends: list[float], policy: FusionPolicy) -> int:
-    """The first tick at which the counts of unfinished samples can lead to a repacking.
+    """Return the first tick at which the counts of unfinished samples can lead to a repacking.
 
     Before tick n an instance makes every step that begins before then, so an end counts from when its step began.
     """
@@ -289,27 +278,27 @@ def first_tick(active: dict[int, DecodingInstance], ends: list[float], policy: F
 
 
 def handed_out(instance: DecodingInstance, opened: float, policy: FusionPolicy) -> list[tuple[float, int, int]]:
-    """Units of an instance that has ended: (when, a number that keeps them apart, tokens)."""
+    """Return the units of an instance that has ended: (when, a number that tells them apart, tokens)."""
     units: list[tuple[float, int, int]] = []
-    kept: list[int] = []  # lengths
+    waiting: list[int] = []  # lengths of ended samples
 
     def hand_out(time: float, all_of_it: bool) -> None:
-        kept.sort(reverse=True)
+        waiting.sort(reverse=True)
         first, tokens = 0, 0
-        for index, length in enumerate(kept):
+        for index, length in enumerate(waiting):
             if index > first and tokens + length > policy.unit_tokens:
                 units.append((time, len(units), tokens))
                 first, tokens = index, 0
             tokens += length
         if tokens and (all_of_it or tokens >= policy.unit_tokens / 2):
             units.append((time, len(units), tokens))
-            first = len(kept)
-        del kept[:first]
+            first = len(waiting)
+        del waiting[:first]
 
     tick = policy.tick
-    ready = [(max(opened, math.ceil(time / tick) * tick), job.length) for time, job in instance.ended]
+    ready = [(max(opened, math.ceil(time / tick) * tick), sample.length) for time, sample in instance.ended]
     for time, together in groupby(ready, key=itemgetter(0)):
-        kept += [length for _, length in together]
+        waiting += [length for _, length in together]
         if time < instance.clock:
             hand_out(time, all_of_it=False)
     hand_out(instance.clock, all_of_it=True)
@@ -319,7 +308,7 @@ def handed_out(instance: DecodingInstance, opened: float, policy: FusionPolicy) 
 def score_units(
     units: list[tuple[float, int, int]], free: list[tuple[float, int]], costs: Costs, spans: list[list[Span]]
 ) -> float:
-    """The rank that is free first takes the next unit; returns the end, adds spans."""
+    """Let the rank that is free first take the next unit; returns the end, adds spans."""
     heapq.heapify(free)
     end = 0.0
     for time, _, tokens in sorted(units):

@@ -23,21 +23,21 @@ CHUNK = 2**22
 
 @dataclass(frozen=True)
 class Fragment:
-    """A run of the values of one parameter, and where it lies in a rank's flat tensors."""
+    """Says where a run of the values of one parameter lies in a rank's flat tensors."""
 
     name: str
     whole: int
-    """Values of the parameter."""
+    """Values of the whole parameter."""
     start: int
-    """In the parameter."""
+    """Offset of the run in the parameter."""
     count: int
     tensor: int
-    """Which of the rank's tensors."""
+    """Index of the rank's tensor that has it."""
     offset: int
-    """In it."""
+    """Offset of the run in that tensor."""
 
     def share(self, rank: int, size: int) -> "Fragment":
-        """What one of `size` ranks that all have the fragment writes."""
+        """Return the part that one of `size` ranks writes which all have the fragment."""
         first, end = self.count * rank // size, self.count * (rank + 1) // size
         return Fragment(self.name, self.whole, self.start + first, end - first, self.tensor, self.offset + first)
 
@@ -48,7 +48,7 @@ class Fragment:
 
 @dataclass(frozen=True)
 class Run:
-    """A run of the values of a parameter, in a file."""
+    """Says where a run of the values of a parameter lies in a file."""
 
     start: int
     stop: int
@@ -82,14 +82,14 @@ def write_fragments(
                 out.write(_bytes(chunk.cpu()))
 
 
-class Written:
-    """What is in the files of a directory; ValueError, KeyError or EOFError where they are damaged."""
+class FragmentReader:
+    """Reads the files of a directory; raises ValueError, KeyError or EOFError where they are damaged."""
 
     def __init__(self, directory: Path):
         self.runs: dict[tuple[str, str], list[Run]] = {}
-        """By kind and parameter."""
+        """The runs that were written, by kind and parameter."""
         self.notes: list[dict[str, Any]] = []
-        """Of each file."""
+        """The notes of the files."""
         for file in sorted(directory.glob("*.safetensors")):
             self._look(file)
         if not self.notes:
@@ -122,21 +122,21 @@ class Written:
                         by_file.setdefault(run.file, []).append((position, values))
         for file, wanted in by_file.items():
             with file.open("rb") as opened:
-                for position, values in sorted(wanted, key=lambda each: each[0]):
+                for position, values in sorted(wanted, key=lambda pair: pair[0]):
                     opened.seek(position)
                     _fill(opened, values)
 
     def whole(self, kind: str) -> dict[str, Tensor]:
-        """All that was written of a kind, flat, by the names of the parameters."""
+        """Return all that was written of a kind, flat, by the names of the parameters."""
         runs = {name: runs for (of, name), runs in self.runs.items() if of == kind}
         sizes = {name: max(run.stop for run in of_name) for name, of_name in runs.items()}
-        found = [torch.empty(size, dtype=TORCH_DTYPES[runs[name][0].dtype]) for name, size in sizes.items()]
-        fragments = [Fragment(name, size, 0, size, at, 0) for at, (name, size) in enumerate(sizes.items())]
-        self.read(fragments, {kind: found})
-        return dict(zip(sizes, found, strict=True))
+        tensors = [torch.empty(size, dtype=TORCH_DTYPES[runs[name][0].dtype]) for name, size in sizes.items()]
+        fragments = [Fragment(name, size, 0, size, index, 0) for index, (name, size) in enumerate(sizes.items())]
+        self.read(fragments, {kind: tensors})
+        return dict(zip(sizes, tensors, strict=True))
 
     def _sources(self, kind: str, fragment: Fragment, part: Tensor) -> Iterable[tuple[Run, int, Tensor]]:
-        """Run, position in its file, and what is to be filled from there."""
+        """Yield runs, positions in their files, and the values to fill from there."""
         runs = sorted(self.runs.get((kind, fragment.name), ()), key=lambda run: run.start)
         stop = max((run.stop for run in runs), default=0)
         if stop != fragment.whole:

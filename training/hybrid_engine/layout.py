@@ -1,4 +1,4 @@
-"""How one role's weights lie on the ranks."""
+"""Layouts: how one role's weights lie on the ranks."""
 
 import math
 from dataclasses import dataclass
@@ -9,19 +9,19 @@ from training.launchers import processes_option
 
 @dataclass(frozen=True)
 class StageCut:
-    """One stage's share of a model whose layers are cut into runs: `layers[i]` of them on stage i, in order."""
+    """Describes one stage's share of a model whose layers are cut into runs: `layers[i]` on stage i, in order."""
 
     stage: int
     layers: tuple[int, ...]
 
     @property
     def is_first(self) -> bool:
-        """It reads tokens: it has the embeddings."""
+        """Whether it has the embeddings, and so reads tokens."""
         return self.stage == 0
 
     @property
     def is_last(self) -> bool:
-        """It has the last norm and the head."""
+        """Whether it has the last norm and the head."""
         return self.stage == len(self.layers) - 1
 
     @property
@@ -32,14 +32,14 @@ class StageCut:
 
 
 def even_runs(layers: int, stages: int) -> tuple[int, ...]:
-    """As many layers a stage as can be, the first ones one more: the last one has the head."""
+    """Cut layers as evenly as possible; the first stages have one more, since the last one has the head."""
     least, more = divmod(layers, stages)
     return tuple(least + (stage < more) for stage in range(stages))
 
 
 @dataclass(frozen=True)
 class Layout:
-    """`data` copies of a model, each cut into `pipeline` runs of layers and each layer into `tensor` parts.
+    """Lays out `data` copies of a model, each cut into `pipeline` runs of layers and each layer into `tensor` parts.
 
     `mesh` holds global rank numbers. Tensor-parallel ranks are neighbours in it (they talk most), then come the data
     ranks, then the pipeline stages. By `zero_stage` data ranks divide optimiser states (1), gradients (2), weights (3).
@@ -73,8 +73,8 @@ class Layout:
     def over(
         cls, size: int, tensor: int = 1, zero_stage: int = 0, setting: str = "rlhf.generation_tensor_parallel"
     ) -> "Layout":
-        """Ranks 0 .. size - 1, tensor-parallel in groups of `tensor`, which `setting` gave. Raises UserError if that
-        does not come out."""
+        """Return ranks 0 .. size - 1, tensor-parallel in groups of `tensor`, the value of `setting`. Raises UserError
+        if `size` is no multiple of it."""
         if tensor < 1 or size % tensor:
             *most, last = [str(degree) for degree in range(1, size + 1) if size % degree == 0]
             fitting = f"{', '.join(most)} or {last}" if most else last
@@ -94,7 +94,7 @@ class Layout:
 
     @property
     def uneven_layers(self) -> tuple[int, ...]:
-        """`layers`, or none where these only spell out what is so without them: equal wherever the stages are."""
+        """`layers`, or none where they are the even ones: equal for equal stages, however these were given."""
         return () if self.layers == even_runs(sum(self.layers), self.pipeline) else self.layers
 
     def stage_cut(self, rank: int, layers: int) -> StageCut:
@@ -110,22 +110,22 @@ class Layout:
         return self.mesh.index(rank) // (self.tensor * self.data)
 
     def tensor_group(self, rank: int) -> tuple[int, ...]:
-        """The ranks that hold the parts of one model with `rank`, in the order of their parts."""
+        """Return the ranks that hold the parts of one model with `rank`, in the order of their parts."""
         return next(group for group in self.tensor_groups if rank in group)
 
     def data_group(self, rank: int) -> tuple[int, ...]:
-        """The ranks that hold the same part as `rank`, in the order of their data ranks."""
+        """Return the ranks that hold the same part as `rank`, in the order of their data ranks."""
         return next(group for group in self.data_groups if rank in group)
 
     def pipeline_group(self, rank: int) -> tuple[int, ...]:
-        """The ranks that hold the stages of one model with `rank`, in the order of the stages."""
+        """Return the ranks that hold the stages of one model with `rank`, in the order of the stages."""
         return next(group for group in self.pipeline_groups if rank in group)
 
     @property
     def pipeline_groups(self) -> tuple[tuple[int, ...], ...]:
         """All of them, in an order that is the same on every rank."""
         stage = self.tensor * self.data
-        return tuple(self.mesh[place::stage] for place in range(stage))
+        return tuple(self.mesh[start::stage] for start in range(stage))
 
     @property
     def stage_meshes(self) -> tuple[tuple[int, ...], ...]:

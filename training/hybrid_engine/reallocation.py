@@ -1,8 +1,8 @@
-"""One role's present weights in another layout: other ranks, other degrees, other stages, ZeRO 0-3.
+"""Reallocation of one role's present weights into another layout: other ranks, degrees or stages, ZeRO 0-3.
 
-Any role will do: a training engine's model, a frozen module, a frozen module under ZeRO 3. Where a rank's part stays as
-it is nothing is copied. Elsewhere the weights move layer by layer as `transfers` says, through one buffer, so that the
-peak extra memory is the new part and at most two layers and a half. Nothing is gathered: what ZeRO 3 has divided is
+Any model will do: a training engine's model, a frozen module, a frozen module under ZeRO 3. Where a rank's part stays
+as it is nothing is copied. Elsewhere the weights move layer by layer as `transfers` says, through one buffer, so that
+the peak extra memory is the new part and at most two layers and a half. Nothing is gathered: what ZeRO 3 has divided is
 sent from where it lies.
 """
 
@@ -27,24 +27,24 @@ from training.pipelines.stage_model import held_weights, keep_stage, stages_of
 from training.private_surfaces import forget_whole, own_part
 
 ALIGNMENT = 16
-"""Of messages in the buffer, in bytes."""
+"""A message in the buffer starts at a multiple of so many bytes."""
 
 
 @dataclass(frozen=True)
 class Moved:
-    """What one reallocation did on this rank, in bytes."""
+    """Counts the bytes that one reallocation moved on this rank."""
 
     sent: int = 0
     received: int = 0
     copied: int = 0
-    """From this rank's part of the source to its part of the target."""
+    """Bytes from this rank's part of the source to its part of the target."""
     buffer: int = 0
-    """Extra memory while it ran."""
+    """Bytes of extra memory while it ran."""
     seconds: float = 0.0
 
 
 class Reallocation:
-    """Keeps this rank's part of a role in the layout `target`, with the weights that the role has in `source`.
+    """Brings the weights that a role has in the layout `source` to this rank's part of the layout `target`.
 
     All of `ranks` make it, and the layouts count in their numbers. `model` is the whole model of transformers, on ranks
     of `source` with its weights, or divided by ZeRO 3; elsewhere only its structure is read, and its weights may be
@@ -71,12 +71,12 @@ class Reallocation:
         self.is_source = ranks.rank in source.mesh
         self.stays = stays(source, target, ranks.rank)
         self.moved = Moved()
-        """What the last run did."""
+        """The bytes of the last run."""
         self._copy: nn.Module | None = None
         self._pieces: list[ShardParameter] = []
         self._shapes: dict[str, torch.Size] = {}
         self.is_filled = False
-        """Whether it has run, and what it gave was not released; the same on all ranks of both meshes."""
+        """Whether it has run since the last release; the same on all ranks of both meshes."""
         self._cut = None
         if part is not None and target.pipeline > 1:
             self._cut = target.stage_cut(ranks.rank, layers_of(model))
@@ -90,7 +90,7 @@ class Reallocation:
 
     @property
     def module(self) -> nn.Module | None:
-        """What `run` has given: this rank's part in the target."""
+        """The result of `run`: this rank's part in the target."""
         if not self.stays:
             return self._copy
         return self.source_model if self.before is None else self.before.module
@@ -102,7 +102,7 @@ class Reallocation:
 
     @torch.no_grad()
     def run(self) -> nn.Module | None:
-        """The model with the source's present weights, the same module each time; None outside of the target.
+        """Return the model with the source's present weights, the same module each time; None outside of the target.
 
         All ranks of both meshes call it. Frozen parameters move the first time only.
         """
@@ -111,7 +111,7 @@ class Reallocation:
             self._allocate()
         steps = self._steps_again if self.is_filled else self._steps
         buffer = torch.empty(max((s.bytes for s in steps), default=0), dtype=torch.uint8, device=self.ranks.device)
-        held = {name: here(weight).detach().reshape(-1) for name, weight in self._held().items()}
+        held = {name: on_rank(weight).detach().reshape(-1) for name, weight in self._held().items()}
         own = {name: weight.detach().view(-1) for name, weight in self._own().items()}
         counts = [step.run(held, own, buffer, self.ranks.members) for step in steps]
         if self.divide is not None:
@@ -145,10 +145,11 @@ class Reallocation:
                 own.data.zero_()
 
     def _own(self) -> dict[str, Tensor]:
-        """What lies on this rank of the copy, by the names of the whole model."""
-        return {piece.name: here(piece.local) for piece in self._pieces}
+        """Return what lies on this rank of the copy, by the names of the whole model."""
+        return {piece.name: on_rank(piece.local) for piece in self._pieces}
 
     def _held(self) -> dict[str, Tensor]:
+        """Return what lies on this rank of the source, by the names of the whole model."""
         if not self.is_source:
             return {}
         return dict(held_weights(self.source_model)) if self.before is None else self.before.weights
@@ -156,7 +157,7 @@ class Reallocation:
 
 @dataclass(frozen=True)
 class Message:
-    """What one rank sends to one or several others, or gets from one."""
+    """Describes what one rank sends to one or several others, or gets from one."""
 
     peers: tuple[int, ...]
     moves: tuple[Move, ...]
@@ -173,7 +174,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Round:
-    """What a rank sends and receives at one time; others wait for messages in the same order."""
+    """Describes what a rank sends and receives at one time; others wait for messages in the same order."""
 
     rank: int
     sends: tuple[Message, ...]
@@ -181,7 +182,7 @@ class Round:
 
     @classmethod
     def of(cls, moves: Sequence[Move], rank: int) -> "Round":
-        """`moves` are those of all ranks, on the rank itself left out."""
+        """Make that of a rank from the moves between all ranks."""
         to: dict[int, list[Move]] = {}
         by: dict[int, list[Move]] = {}
         for move in sorted(moves, key=lambda move: -move.weight.value_bytes):
@@ -206,7 +207,7 @@ class Round:
         buffer: Tensor,
         group: dist.ProcessGroup | None,
     ) -> tuple[int, int]:
-        """Bytes sent and received. `source` and `target` are flat, by name."""
+        """Send and receive; returns the bytes of both. `source` and `target` are flat, by name."""
 
         def operation(kind: Callable, tensor: Tensor, peer: int) -> dist.P2POp:
             return dist.P2POp(kind, tensor, group=group, group_peer=peer)
@@ -226,24 +227,26 @@ class Round:
             arriving.append((received, message))
             offset += message.room
         if operations:
-            in_order = sorted(operations, key=lambda each: each[:2])
-            for work in dist.batch_isend_irecv([each for *_, each in in_order]):
+            in_order = sorted(operations, key=lambda operation: operation[:2])
+            for work in dist.batch_isend_irecv([p2p for *_, p2p in in_order]):
                 work.wait()
         for received, message in arriving:
             for move, room in boxes_in(received, message.moves):
                 view(target, move, move.put).copy_(room)
-        sent_bytes = sum(each.tensor.numel() for sender, _, each in operations if sender == self.rank)
+        sent_bytes = sum(p2p.tensor.numel() for sender, _, p2p in operations if sender == self.rank)
         return sent_bytes, sum(received.numel() for received, _ in arriving)
 
 
 @dataclass(frozen=True)
 class Step:
+    """Describes what a rank copies, sends and receives for one layer."""
+
     copies: tuple[Move, ...]
     first: Round
     relayed: Round
-    """Sends on what it received in the first round."""
+    """Sends on what was received in the first round."""
     copies_again: tuple[Move, ...]
-    """Of what it received."""
+    """Copies of what was received."""
 
     @classmethod
     def of(cls, moves: Sequence[Move], rank: int) -> "Step":
@@ -268,7 +271,8 @@ class Step:
         buffer: Tensor,
         group: dist.ProcessGroup | None,
     ) -> tuple[int, int, int]:
-        """Bytes sent, received and copied. `held` is what the rank has in the source, `own` in the target."""
+        """Move the layer; returns the bytes sent, received and copied. `held` is what the rank has in the source, `own`
+        in the target."""
         for move in self.copies:
             view(own, move, move.put).copy_(view(held, move, move.taken))
         sent, received = self.first.run(held, own, buffer, group)
@@ -278,19 +282,20 @@ class Step:
         return sent + sent_on, received + received_late, sum(m.bytes for m in (*self.copies, *self.copies_again))
 
 
-def here(weight: Tensor) -> Tensor:
-    """What lies on this rank: under ZeRO 3 a run of the values."""
+def on_rank(weight: Tensor) -> Tensor:
+    """Return what lies on this rank of a weight: under ZeRO 3 a run of the values."""
     return own_part(weight) if isinstance(weight, nn.Parameter) and is_divided(weight) else weight
 
 
 def view(flat_weights: Mapping[str, Tensor], move: Move, part: Part) -> Tensor:
-    """(rows, columns) of the box that moves, where it lies in `part`."""
+    """Return a view (rows, columns) of the box that moves, where it lies in `part`."""
     whole, box = flat_weights[move.weight.name], move.box
     return whole.as_strided(shape_of(box), (part.stride, 1), whole.storage_offset() + part.at(box))
 
 
 def boxes_in(message: Tensor, moves: Iterable[Move]) -> Iterable[tuple[Move, Tensor]]:
-    """One behind the other in `message`, uint8; each as a view in the format of its weight, (rows, columns)."""
+    """Yield the moves, one behind the other in `message` (uint8), each with its view in the format of the weight,
+    (rows, columns)."""
     offset = 0
     for move in moves:
         room = message[offset : offset + move.bytes]
@@ -309,7 +314,7 @@ def layers_of(model: nn.Module) -> int:
 def empty_part(
     model: nn.Module, part: TensorParallel, cut: StageCut | None, device: torch.device
 ) -> tuple[nn.Module, list[ShardParameter]]:
-    """As `empty_shard`; with a `cut` only this stage's layers, whose pieces have the whole model's names."""
+    """Do as `empty_shard`; with a `cut` only for this stage's layers, whose pieces have the whole model's names."""
     if cut is None:
         return empty_shard(model, part, device)
     whole, _ = empty_shard(model, part, torch.device("meta"))
@@ -320,8 +325,8 @@ def empty_part(
 
 
 def weights_of(model: nn.Module, layouts: Sequence[Layout] = ()) -> list[Weight]:
-    """All of a whole model of transformers, with their parts in those layouts. Raises UserError if it cannot be cut
-    so."""
+    """Describe the weights of a whole model of transformers, with their parts in those layouts. Raises UserError if it
+    cannot be cut so."""
     cuts = {
         degree: [cuts_of(model, TensorParallel(rank, degree)) for rank in range(degree)]
         for degree in sorted({layout.tensor for layout in layouts} - {1})
@@ -345,12 +350,13 @@ def weights_of(model: nn.Module, layouts: Sequence[Layout] = ()) -> list[Weight]
 
 
 def require_agreement(described: object, ranks: Ranks) -> None:
-    """Raises RuntimeError where ranks were given unlike models: they would wait for each other forever."""
+    """Raise RuntimeError where ranks were given unlike models: they would wait for each other forever."""
     digest = hashlib.sha256(repr(described).encode()).hexdigest()
     if len(set(ranks.gather(digest, "what a role's weights are"))) > 1:
         raise RuntimeError("The ranks were given models of unlike structure, formats or trained parameters.")
 
 
 def tensor_parallel_of(layout: Layout) -> TensorParallel | None:
-    """This process's part in a layout, None outside of its mesh; makes the process groups, so all ranks call it."""
+    """Return this process's part in a layout, None outside of its mesh. All ranks call it, as it makes process
+    groups."""
     return join_groups(layout.tensor_groups)

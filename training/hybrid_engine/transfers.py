@@ -1,9 +1,9 @@
-"""Who sends which slice of which weight to whom, so that the weights of a role come to lie in another layout.
+"""Transfers: which rank sends which slice of which weight to which, to bring the weights of a role into another layout.
 
-A pure description: `reallocation.py` executes it, the planner adds it up, and tests read it without processes. A weight
-is seen as a table: the dimensions before the one along which it is cut are its rows, the others its columns. Then all
-that a rank holds, whole, tensor-parallel or divided by ZeRO 3, is a few boxes of the table. What a rank holds already
-it receives from nobody; a node receives what it lacks once, and one of its ranks passes it on.
+They are a pure description: `reallocation.py` executes it, the planner adds it up, and tests read it without processes.
+A weight is seen as a table: the dimensions before the one along which it is cut are its rows, the others its columns.
+Then all that a rank holds, whole, tensor-parallel or divided by ZeRO 3, is a few boxes of the table. What a rank holds
+already it receives from nobody; a node receives what it lacks once, and one of its ranks passes it on.
 """
 
 import math
@@ -25,11 +25,11 @@ class Weight:
     shape: tuple[int, ...]
     dtype: torch.dtype
     is_trained: bool
-    """Others move once."""
+    """Weights that are not trained move once."""
     cuts: Mapping[int, tuple[Cut | None, ...]] = field(default_factory=dict)
-    """By tensor-parallel degree over 1: the part of each tensor rank; None for all of it."""
+    """The part of each tensor rank, None for all of it, by tensor-parallel degree over 1."""
     stages: Mapping[tuple[int, tuple[int, ...]], tuple[int, ...]] = field(default_factory=dict)
-    """By pipeline degree over 1 and `uneven_layers` of a layout: the stages that have it."""
+    """The stages that have it, by pipeline degree over 1 and `uneven_layers` of a layout."""
 
     def cut(self, layout: Layout, rank: int) -> Cut | None:
         return None if layout.tensor == 1 else self.cuts[layout.tensor][layout.tensor_rank(rank)]
@@ -43,18 +43,18 @@ class Weight:
 
     @property
     def dim(self) -> int:
-        """The one that is cut, the same in all degrees."""
+        """The dimension that is cut, the same in all degrees."""
         return next((cut.dim for of_ranks in self.cuts.values() for cut in of_ranks if cut is not None), 0)
 
     @property
     def layer(self) -> str:
-        """What moves together: a decoder layer; a weight outside of the layers alone."""
-        found = re.match(r".*?\.\d+\.", self.name)
-        return found.group() if found else self.name
+        """The name of what moves together: a decoder layer, or a weight outside of the layers alone."""
+        match = re.match(r".*?\.\d+\.", self.name)
+        return match.group() if match else self.name
 
 
 class Box(NamedTuple):
-    """Rows `top` .. `bottom` - 1 and columns `left` .. `right` - 1 of a weight."""
+    """Bounds rows `top` .. `bottom` - 1 and columns `left` .. `right` - 1 of a weight."""
 
     top: int
     bottom: int
@@ -71,7 +71,7 @@ class Box(NamedTuple):
         return Box(top, bottom, left, right) if top < bottom and left < right else None
 
     def without(self, other: "Box") -> "list[Box]":
-        """What remains of this one, in boxes."""
+        """Return what remains of this one, in boxes."""
         hole = self.common(other)
         if hole is None:
             return [self]
@@ -85,27 +85,27 @@ class Box(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A box of a weight in the memory of a rank that holds it: the first value at `offset`, a row every `stride`."""
+    """Says where a box of a weight lies in a rank's memory: the first value at `offset`, a row every `stride`."""
 
     box: Box
     offset: int
     stride: int
 
     def at(self, box: Box) -> int:
-        """Where the first value of a smaller box lies."""
+        """Return where the first value of a smaller box lies."""
         return self.offset + (box.top - self.box.top) * self.stride + box.left - self.box.left
 
 
 @dataclass(frozen=True)
 class Move:
-    """One box of one weight, to be copied on its rank (`sender` = `receiver`) or to be sent."""
+    """Describes how one box of one weight is copied on its rank (`sender` = `receiver`) or sent."""
 
     weight: Weight
     box: Box
     sender: int
     receiver: int
     taken: Part
-    """Where the sender has it."""
+    """Where the box lies with the sender."""
     put: Part
     is_relayed: bool = False
     """The sender has just received it: it lies in its part of the target layout."""
@@ -118,7 +118,7 @@ class Move:
 def transfers(
     source: Layout, target: Layout, weights: Sequence[Weight], ranks_per_node: int | None = None
 ) -> list[list[Move]]:
-    """The moves of each layer, in the order of the weights. Where a rank's part stays as it is, it has none.
+    """Return the moves of each layer, in the order of the weights. A rank whose part stays as it is has none.
 
     Each rank of `target` gets each value of its part from one rank that has it. Senders are chosen so that their loads
     are alike, in the receiver's node where one has it. `ranks_per_node` is None where all ranks are on one node.
@@ -157,8 +157,8 @@ def stays(source: Layout, target: Layout, rank: int) -> bool:
 
 
 def parts(weight: Weight, layout: Layout, rank: int) -> list[Part]:
-    """What `rank` holds of `weight`: if its stage has it, its tensor-parallel part; under ZeRO 3 of the values of that,
-    row by row, an equal run for each data rank in the order of rank numbers, the last ones shorter."""
+    """Return what `rank` holds of `weight`: if its stage has it, its tensor-parallel part; under ZeRO 3 of the values
+    of that, row by row, an equal run for each data rank in the order of rank numbers, the last ones shorter."""
     if not weight.is_on(layout, rank):
         return []
     rows, columns = math.prod(weight.shape[: weight.dim]), math.prod(weight.shape[weight.dim :])
@@ -171,7 +171,7 @@ def parts(weight: Weight, layout: Layout, rank: int) -> list[Part]:
         group = sorted(layout.data_group(rank))
         share = -(-end // len(group))
         start, end = min(end, group.index(rank) * share), min(end, (group.index(rank) + 1) * share)
-    found = []
+    held = []
     for run in _boxes(start, end, width):
         column = 0
         for first, length in ranges:
@@ -179,13 +179,13 @@ def parts(weight: Weight, layout: Layout, rank: int) -> list[Part]:
             if local is not None:
                 shift = first - column
                 box = Box(local.top, local.bottom, local.left + shift, local.right + shift)
-                found.append(Part(box, local.top * width + local.left - start, width))
+                held.append(Part(box, local.top * width + local.left - start, width))
             column += length
-    return found
+    return held
 
 
 def _boxes(start: int, end: int, width: int) -> list[Box]:
-    """Values `start` .. `end` - 1 of rows of `width`: the end of a row, whole rows, the beginning of one."""
+    """Return values `start` .. `end` - 1 of rows of `width`: the end of a row, whole rows, the beginning of one."""
     if start == end:
         return []
     (top, left), (bottom, right) = divmod(start, width), divmod(end, width)
@@ -198,7 +198,7 @@ def _boxes(start: int, end: int, width: int) -> list[Box]:
 
 @dataclass(frozen=True)
 class _Cell:
-    """A box that lies in one piece with all that hold it and with all that want it."""
+    """Describes a box that is contiguous for all ranks that hold it and for all that want it."""
 
     box: Box
     holders: Mapping[int, Part]
@@ -206,19 +206,19 @@ class _Cell:
 
 
 def _cells(held: Mapping[int, list[Part]], wanted: Mapping[int, list[Part]]) -> list[_Cell]:
-    there = _tiles(held)
+    tiles = _tiles(held)
     return [
         _Cell(common, dict(holders), wanting)
         for tile, wanting in _tiles(wanted)
-        for box, holders in there
+        for box, holders in tiles
         if (common := tile.common(box)) is not None
     ]
 
 
 def _tiles(of_ranks: Mapping[int, list[Part]]) -> list[tuple[Box, list[tuple[int, Part]]]]:
-    """Boxes that do not overlap, each with the parts that it lies in; of one rank there may be several."""
+    """Return boxes that do not overlap, each with the parts that it lies in, perhaps several of one rank."""
     tiles: list[tuple[Box, list[tuple[int, Part]]]] = []
-    for rank, part in ((rank, part) for rank, found in of_ranks.items() for part in found):
+    for rank, part in ((rank, part) for rank, held in of_ranks.items() for part in held):
         left, finer = [part.box], []
         for box, owners in tiles:
             common = box.common(part.box)

@@ -1,4 +1,4 @@
-"""One role's weights under DeepSpeed: forward, update, checkpoint, and the whole weights when they are wanted."""
+"""A role under DeepSpeed: forward passes, updates, checkpoints, and whole weights when they are wanted."""
 
 import io
 import math
@@ -15,7 +15,7 @@ from inference.private_surfaces import whole_shape
 from training.deepspeed_config import deepspeed_config
 from training.distributed import Ranks
 from training.hybrid_engine.deepspeed_setup import deepspeed, divide, tensors_only
-from training.hybrid_engine.fragments import Fragment, Written, write_fragments
+from training.hybrid_engine.fragments import Fragment, FragmentReader, write_fragments
 from training.private_surfaces import (
     has_overflow,
     is_on_disk,
@@ -30,9 +30,9 @@ from training.private_surfaces import (
 from training.role_settings import OptimizerSettings
 
 TAG = "state"
-"""Of DeepSpeed's own checkpoints."""
+"""The tag of DeepSpeed's own checkpoints."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What AdamW keeps of each weight."""
+"""AdamW's state of each weight."""
 
 
 class HasWeight(Protocol):
@@ -65,7 +65,7 @@ class ZeroEngine:
         ranks.barrier("loading the models")  # what comes then are collectives of DeepSpeed
         self.settings = settings
         self.in_training_mode = dropout or settings.gradient_checkpointing
-        """While it updates: transformers recomputes in this mode only."""
+        """Whether updates need it: transformers recomputes in this mode only."""
         self.total_steps = total_steps
         self.ranks = ranks
         self.updates = 0
@@ -104,7 +104,7 @@ class ZeroEngine:
             return self.engine(*inputs, **more)
 
     def update(self, micro_batches: Sequence[M], loss: Callable[[M], Tensor]) -> dict[str, float]:
-        """One optimiser step on the sum of `loss(micro_batch)` over all micro-batches of all ranks.
+        """Make an optimiser step on the sum of `loss(micro_batch)` over all micro-batches of all ranks.
 
         Each rank passes its own micro-batches, equally many; `loss` returns a micro-batch's share of the total loss,
         divided by the *global* count of tokens or pairs, so that neither micro-batches nor ranks change the gradient.
@@ -114,7 +114,7 @@ class ZeroEngine:
         return self.step()
 
     def accumulate(self, micro_batches: Sequence[M], loss: Callable[[M], Tensor]) -> None:
-        """The first half of `update`: forward and backward passes."""
+        """Run the first half of `update`: forward and backward passes."""
         if self.in_training_mode:
             self.engine.train()
         for index, micro_batch in enumerate(micro_batches):
@@ -124,7 +124,7 @@ class ZeroEngine:
                 self.engine.backward(share * self.ranks.size)  # DeepSpeed takes the mean over ranks; the sum is meant
 
     def step(self) -> dict[str, float]:
-        """The second half of `update`: the optimiser step on what was accumulated."""
+        """Run the second half of `update`: the optimiser step on what was accumulated."""
         rates = [learning_rate(self.settings, self.updates, self.total_steps, peak) for peak in self.peaks]
         for group, rate in zip(self.engine.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
@@ -137,13 +137,13 @@ class ZeroEngine:
         return {"grad_norm": 0.0 if norm is None else float(norm), "lr": rates[0]}
 
     def _gradient_norm(self) -> Tensor | None:
-        """Norm of the summed gradient at ZeRO stage 0, where DeepSpeed does not keep it; None at other stages."""
+        """Return the norm of the summed gradient at ZeRO stage 0, where DeepSpeed has none; None at other stages."""
         if self.engine.zero_optimization_stage() > 0:
             return None
         return norm_of([p.grad for p in self.module.parameters() if p.grad is not None])
 
     def own_weights(self) -> list[Tensor]:
-        """This rank's part of the trained weights, as the optimiser updates them: writing into them is training.
+        """Return this rank's part of the trained weights, as the optimiser updates them: writing into them is training.
 
         Flat fp32 tensors from ZeRO stage 1 on (bf16 without master weights), the parameters themselves at stage 0.
         """
@@ -152,15 +152,20 @@ class ZeroEngine:
         return own_weights(self.engine.optimizer)
 
     def fragments(self) -> list[Fragment]:
-        """Where the values of the trained parameters lie in `own_weights`."""
-        trained = [(name, each) for name, each in self.module.named_parameters() if each.requires_grad]
+        """Return where the values of the trained parameters lie in `own_weights`."""
+        trained = [(name, weight) for name, weight in self.module.named_parameters() if weight.requires_grad]
         if self.engine.zero_optimization_stage() == 0:
-            return [Fragment(name, each.numel(), 0, each.numel(), at, 0) for at, (name, each) in enumerate(trained)]
-        runs = [(name, math.prod(whole_shape(each)), own_run(self.engine.optimizer, each)) for name, each in trained]
-        return [Fragment(name, whole, *run) for name, whole, run in runs if run[1]]
+            sizes = [(name, weight.numel()) for name, weight in trained]
+            return [Fragment(name, size, 0, size, index, 0) for index, (name, size) in enumerate(sizes)]
+        fragments = []
+        for name, weight in trained:
+            run = own_run(self.engine.optimizer, weight)
+            if run[1]:
+                fragments.append(Fragment(name, math.prod(whole_shape(weight)), *run))
+        return fragments
 
     def refresh(self) -> None:
-        """After `own_weights` were written: what forward passes read follows. All ranks call it."""
+        """Let forward passes read what was written into `own_weights`. All ranks call it."""
         if self.engine.zero_optimization_stage() > 0 and not is_on_disk(self.engine.optimizer):
             with self.ranks.as_world():
                 refresh_weights(self.engine.optimizer)
@@ -178,14 +183,14 @@ class ZeroEngine:
         """Fill `tensors` from what `write` wrote, with any number of ranks at any ZeRO stage."""
         old = self.folder(directory) / f"{self.ranks.rank}.pt"
         if not old.exists():
-            return Written(directory).read(self.fragments(), tensors)
+            return FragmentReader(directory).read(self.fragments(), tensors)
         flat = [tensor for of_kind in tensors.values() for tensor in of_kind]
-        kept = torch.load(old, map_location="cpu", weights_only=True)
-        for tensor, before in zip(flat, kept[-len(flat) :], strict=True):  # weights of forward passes came first
+        saved = torch.load(old, map_location="cpu", weights_only=True)
+        for tensor, before in zip(flat, saved[-len(flat) :], strict=True):  # weights of forward passes came first
             tensor.copy_(before)
 
     def folder(self, directory: Path) -> Path:
-        """Where these ranks alone wrote, in a directory of the role, when checkpoints were for as many ranks."""
+        """Return where these ranks alone wrote, in a directory of the role, when checkpoints were for as many ranks."""
         return directory
 
     def save(self, directory: Path) -> None:
@@ -199,7 +204,7 @@ class ZeroEngine:
             return
         own = self.own_weights()
         states = [self.engine.basic_optimizer.state.get(weight, {}) for weight in own]
-        steps = {each.name: float(states[each.tensor].get("step", 0)) for each in self.fragments()}
+        steps = {fragment.name: float(states[fragment.tensor].get("step", 0)) for fragment in self.fragments()}
         tensors = {"weight": own, **{moment: [state.get(moment) for state in states] for moment in MOMENTS}}
         scale = loss_scale(self.engine.optimizer)
         self.write(directory, tensors, updates=self.updates, steps=steps, loss_scale=scale)
@@ -216,14 +221,14 @@ class ZeroEngine:
                 _, state = self.engine.load_checkpoint(str(folder), TAG, load_module_strict=not self._has_frozen)
             self.updates = state["updates"]
             return self.refresh()
-        written, fragments, own = Written(directory), self.fragments(), self.own_weights()
+        reader, fragments, own = FragmentReader(directory), self.fragments(), self.own_weights()
         steps: dict[str, float] = {}
-        for notes in written.notes:
+        for notes in reader.notes:
             steps |= notes["steps"]
         moments: dict[str, list[Tensor | None]] = {moment: [None] * len(own) for moment in MOMENTS}
-        for at, weight in enumerate(own):
+        for index, weight in enumerate(own):
             state = self.engine.basic_optimizer.state[weight]
-            step = max((steps[each.name] for each in fragments if each.tensor == at), default=0.0)
+            step = max((steps[fragment.name] for fragment in fragments if fragment.tensor == index), default=0.0)
             if not step:
                 state.clear()
                 continue
@@ -232,11 +237,11 @@ class ZeroEngine:
             for moment in MOMENTS:
                 dtype = weight.dtype if like_torch else torch.float32
                 state[moment] = state[moment].zero_() if moment in state else torch.zeros_like(weight, dtype=dtype)
-                moments[moment][at] = state[moment]
-        written.read(fragments, {"weight": own})
-        written.read([each for each in fragments if steps[each.name]], moments)
-        self.updates = written.notes[0]["updates"]
-        restore_loss_scale(self.engine.optimizer, written.notes[0]["loss_scale"])
+                moments[moment][index] = state[moment]
+        reader.read(fragments, {"weight": own})
+        reader.read([fragment for fragment in fragments if steps[fragment.name]], moments)
+        self.updates = reader.notes[0]["updates"]
+        restore_loss_scale(self.engine.optimizer, reader.notes[0]["loss_scale"])
         self.refresh()
 
     def _require_own_stages(self, files: Path) -> None:
@@ -257,11 +262,11 @@ class ZeroEngine:
 
     @property
     def savers(self) -> Ranks | None:
-        """Those of which the first gets the `trained_weights`; None on a rank that has no part in it."""
+        """The ranks of which the first gets the `trained_weights`; None on a rank that has no part in them."""
         return self.ranks
 
     def trained_weights(self) -> dict[str, Tensor]:
-        """Whole trainable weights in fp32 on the CPU, named as in the language model.
+        """Return whole trainable weights in fp32 on the CPU, named as in the language model.
 
         All ranks call it; only the first gets them (the others an empty dict).
         """
@@ -279,12 +284,12 @@ class ZeroEngine:
 
 
 def norm_of(gradients: Sequence[Tensor]) -> Tensor:
-    """Norm of all gradients as one vector, in fp32."""
+    """Return the norm of all gradients as one vector, in fp32."""
     return torch.stack([gradient.float().norm() for gradient in gradients]).norm()
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """AdamW with weight decay on matrices only; adapters may have a learning rate of their own."""
+    """Make AdamW with weight decay on matrices only; adapters may have a learning rate of their own."""
     adapters, rest = settings.adapter_learning_rate, settings.learning_rate
     trained = [
         (adapters if "lora_" in name else rest, parameter)
@@ -309,9 +314,8 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim
 
 
 def learning_rate(settings: OptimizerSettings, update: int, total: int, peak: float | None = None) -> float:
-    """The rate of update 0 .. total - 1: a linear rise over the warm-up, then the schedule down to 0 after the last.
-
-    `peak` takes the place of the settings' own.
+    """Return the rate of update 0 .. total - 1: a linear rise over the warm-up, then the schedule down to 0 after the
+    last. `peak` replaces the settings' own.
     """
     peak = settings.learning_rate if peak is None else peak
     warmup = math.ceil(settings.warmup * total)
@@ -326,22 +330,20 @@ def learning_rate(settings: OptimizerSettings, update: int, total: int, peak: fl
 
 
 def step_together(engines: Sequence[ZeroEngine], ranks: Ranks) -> tuple[list[dict[str, float]], bool]:
-    """The steps of this rank's engines after their backward passes, and whether they were made. All ranks call it.
+    """Step this rank's engines after their backward passes; returns whether steps were made too. All ranks call it.
 
     An engine whose own gradient is finite keeps its loss scale when it skips for another.
     """
-    overflows = [overflows_now(engine) for engine in engines]
+    overflows = []
+    for engine in engines:
+        with engine.ranks.as_world():
+            overflows.append(has_overflow(engine.engine.optimizer))
     skipped = any(ranks.gather(any(overflows), "whether a gradient overflowed"))
     results = []
     for engine, own in zip(engines, overflows, strict=True):
         with forced(engine.engine.optimizer, skipped, keeps_scale=skipped and not own):
             results.append(engine.step())
     return results, not skipped
-
-
-def overflows_now(engine: ZeroEngine) -> bool:
-    with engine.ranks.as_world():
-        return has_overflow(engine.engine.optimizer)
 
 
 @contextmanager

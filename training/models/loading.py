@@ -148,8 +148,7 @@ def require_scorer(directory: Path, name: str = "", trained: bool = False, layer
 
 
 def scorer_config(directory: Path, layers: int = 0, name: str = "") -> PreTrainedConfig:
-    """Read the configuration of a scorer with the first so many layers (0: all). Raises UserError where it cannot be
-    one."""
+    """Read a scorer's configuration, with the first so many layers (0: all). Raises UserError for no scorer."""
     config = _read_config(directory, name, num_labels=1)
     require_scorer_family(config)
     if layers:
@@ -312,8 +311,7 @@ def require_same_tokens(actor: ChatFormat, scorer: ChatFormat, actor_name: str, 
 
 
 def require_same_format(actor: ChatFormat, scorer: ChatFormat, actor_name: str, scorer_name: str) -> None:
-    """Raise UserError where a finished reward model has another template than the actor, whose texts it reads in step
-    3."""
+    """Raise UserError where a finished reward model has another template than the actor whose texts it scores."""
     require_same_tokens(actor, scorer, actor_name, scorer_name)
     if not same_rendering(actor, scorer):
         raise UserError(

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from training.distributed import PATIENCE, Ranks
 from training.pipelines.orders import Event, Operation, Orders, Pipelines
-from training.planner.fusion.instance import FORWARD
+from training.planner.fusion.problem import FORWARD
 
 POLLED = 0.001
 """Seconds between two looks at a GPU's message."""
 
 
 class Work(Protocol):
-    """One role's stage on this rank, in one optimiser step or one scoring pass.
+    """Computes one role's stage on this rank, in one optimiser step or one scoring pass.
 
     It must not meet the role's other data ranks before all of it is done: orders know of no such waiting.
     """
@@ -30,18 +30,19 @@ class Work(Protocol):
     """Micro-batches."""
 
     def room(self, micro_batch: int) -> Tensor:
-        """Empty, for the hidden states that this stage receives, or the gradient of those that it has sent on."""
+        """Return an empty tensor for the hidden states that this stage receives, or the gradient of those that it
+        sent."""
 
     def forward(self, micro_batch: int, received: Tensor | None) -> Tensor | None:
-        """What goes on to the next stage; None on the last. `received` is None on the first."""
+        """Return what the next stage receives; None on the last. `received` is None on the first."""
 
     def backward(self, micro_batch: int, gradient: Tensor | None) -> Tensor | None:
-        """The gradient of what `forward` received; None on the first. `gradient` is None on the last."""
+        """Return the gradient of what `forward` received; None on the first. `gradient` is None on the last."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """Messages in one direction: nothing else goes through the process group."""
+    """Carries messages in one direction: nothing else goes through the process group."""
 
     group: dist.ProcessGroup
     peer: int
@@ -50,14 +51,14 @@ class Link:
 
 @dataclass(frozen=True)
 class Links:
-    """A stage's, by kind of operation; without one where nothing comes or goes."""
+    """Holds a stage's links by kind of operation; none where nothing is received or sent."""
 
     sources: Mapping[int, Link]
     targets: Mapping[int, Link]
 
 
 def connect(ranks: Ranks, pipelines: Pipelines) -> Links:
-    """The links of a role's stage on this rank; all ranks of the run call it, also those that the role is not on.
+    """Make the links of a role's stage on this rank; all ranks of the run call it, also those without the role.
 
     Two neighbours have a process group for each kind of operation, and those of every role are their own: in each the
     messages come in the same sequence at both ends, whatever the orders are.
@@ -84,7 +85,7 @@ def execute(
     links: Mapping[str, Links],
     events: list[Event] | None = None,
 ) -> None:
-    """All operations of this rank, whose times are added to `events`.
+    """Run all operations of this rank; their times are added to `events`.
 
     Receives are posted one operation ahead. Training waits for no send before its end, so that ranks cannot wait for
     each other; one role's forward passes alone run one way, and a stage that is ahead of the next waits for it.
@@ -129,20 +130,21 @@ def execute(
 
 
 def _most_sends(orders: Orders, operations: int) -> int:
-    """How many sends may be under way at one time from a rank with so many operations."""
+    """Return how many sends may be under way at one time from a rank with so many operations."""
     only = next(iter(orders.roles.values()))
     return only.stages + 1 if len(orders.roles) == 1 and only.kinds == (FORWARD,) else operations
 
 
 def _now(events: Sequence[Event] | None) -> float:
-    """A GPU's stream is waited for where times are wanted; never the whole device, on which a receive may wait."""
+    """Return the time; where events are wanted, wait for a GPU's stream, never for the device, on which a receive may
+    wait."""
     if events is not None and torch.cuda.is_available():
         torch.cuda.current_stream().synchronize()
     return time.perf_counter()
 
 
 class _Sends:
-    """Keeps what is sent until it has left: a thread waits, for only that tells gloo's sends that are done."""
+    """Holds tensors until they are sent: a thread waits, since only waiting tells which of gloo's sends are done."""
 
     def __init__(self, most: int) -> None:
         """`send` waits while so many are under way."""

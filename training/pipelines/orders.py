@@ -1,7 +1,7 @@
-"""In which order ranks compute the micro-batches of their pipelines: data, and no order that could wait for ever.
+"""Orders in which ranks compute the micro-batches of their pipelines: as data, and none that could wait forever.
 
     roles = {"actor": Pipelines.of(actor, 8), "critic": Pipelines.of(critic, 8)}
-    orders = fused(roles, find_schedule(instance).schedule)     # or serial(roles), one_forward_one_backward(roles)
+    orders = fused(roles, find_schedule(problem).schedule)     # or serial(roles), one_forward_one_backward(roles)
     makespan(timeline(orders, seconds))                         # what it would take
 
 Micro-batches go first in, first out on every stage, so that every order adds gradients up in the same sequence.
@@ -15,7 +15,7 @@ from math import lcm
 from typing import NamedTuple
 
 from training.hybrid_engine.layout import Layout
-from training.planner.fusion.instance import BACKWARD, FORWARD, KINDS
+from training.planner.fusion.problem import BACKWARD, FORWARD, KINDS
 from training.planner.fusion.schedule import ImpossibleSchedule, Schedule
 
 
@@ -42,7 +42,7 @@ class Event(NamedTuple):
 
 
 class CannotFuse(ValueError):
-    """Two roles do not stand on ranks as a fused schedule has them; the message says why, in a phrase."""
+    """Two roles do not lie on the ranks as a fused schedule needs it; the message says why, in a phrase."""
 
 
 @dataclass(frozen=True)
@@ -50,45 +50,44 @@ class Pipelines:
     """Says which ranks compute which stages of one role."""
 
     ranks: tuple[tuple[int, ...], ...]
-    """Those of each pipeline, in the order of the stages."""
+    """The ranks of each pipeline, in the order of the stages."""
     micro_batches: int
-    """Of each pipeline."""
+    """The micro-batches of each pipeline."""
     kinds: tuple[int, ...] = (FORWARD, BACKWARD)
 
     @classmethod
     def of(cls, layout: Layout, micro_batches: int, kinds: tuple[int, ...] = (FORWARD, BACKWARD)) -> "Pipelines":
-        """Every data rank has a pipeline."""
-        width = layout.data * layout.tensor
-        return cls(tuple(layout.mesh[place::width] for place in range(width)), micro_batches, kinds)
+        """Give every data rank a pipeline."""
+        return cls(layout.pipeline_groups, micro_batches, kinds)
 
     @property
     def stages(self) -> int:
         return len(self.ranks[0])
 
     @cached_property
-    def places(self) -> dict[int, tuple[int, int]]:
-        """Pipeline and stage of each rank."""
+    def positions(self) -> dict[int, tuple[int, int]]:
+        """The pipeline and the stage of each rank."""
         return {rank: (line, stage) for line, ranks in enumerate(self.ranks) for stage, rank in enumerate(ranks)}
 
     def stage(self, rank: int) -> int:
-        return self.places[rank][1]
+        return self.positions[rank][1]
 
     def source(self, rank: int, kind: int) -> int | None:
-        """The rank that sends what an operation of this kind begins with; None where nothing is received."""
+        """Return the rank that sends what an operation of this kind begins with; None where nothing is received."""
         return self._neighbour(rank, -1 if kind == FORWARD else 1)
 
     def target(self, rank: int, kind: int) -> int | None:
-        """The rank that gets what an operation of this kind ends with; None where nothing is sent."""
+        """Return the rank that gets what an operation of this kind ends with; None where nothing is sent."""
         return self._neighbour(rank, 1 if kind == FORWARD else -1)
 
     def _neighbour(self, rank: int, distance: int) -> int | None:
-        line, stage = self.places[rank]
+        line, stage = self.positions[rank]
         return self.ranks[line][stage + distance] if 0 <= stage + distance < self.stages else None
 
 
 @dataclass(frozen=True)
 class Orders:
-    """What every rank computes, one operation after the other.
+    """Lists what every rank computes, one operation after the other.
 
     Making one raises ImpossibleSchedule where an operation is missing, stands where it cannot, or ranks would wait for
     each other in a circle.
@@ -100,29 +99,32 @@ class Orders:
     def __post_init__(self) -> None:
         for rank, order in self.by_rank.items():
             self._require_all(rank, order)
-        missing = {rank for pipelines in self.roles.values() for rank in pipelines.places} - set(self.by_rank)
+        missing = {rank for pipelines in self.roles.values() for rank in pipelines.positions} - set(self.by_rank)
         if missing:
             raise ImpossibleSchedule(f"rank {min(missing)} has no order")
         timeline(self, lambda rank, operation: 1.0)
 
     def _require_all(self, rank: int, order: Sequence[Operation]) -> None:
-        """The micro-batches of every role on the rank come once, and first in, first out."""
+        """Require that the micro-batches of every role on the rank come once, and first in, first out."""
         numbers: dict[tuple[str, int], list[int]] = {
-            (role, kind): [] for role, each in self.roles.items() if rank in each.places for kind in each.kinds
+            (role, kind): []
+            for role, pipelines in self.roles.items()
+            if rank in pipelines.positions
+            for kind in pipelines.kinds
         }
         for operation in order:
             if operation[:2] not in numbers:
                 raise ImpossibleSchedule(f"rank {rank} has no {KINDS[operation.kind]} of {operation.role} to do")
             numbers[operation[:2]].append(operation.micro_batch)
-        for (role, kind), found in numbers.items():
-            if found != list(range(self.roles[role].micro_batches)):
+        for (role, kind), micro_batches in numbers.items():
+            if micro_batches != list(range(self.roles[role].micro_batches)):
                 raise ImpossibleSchedule(
-                    f"rank {rank} does the {KINDS[kind]}s {found} of {role}, and not its "
+                    f"rank {rank} does the {KINDS[kind]}s {micro_batches} of {role}, and not its "
                     f"{self.roles[role].micro_batches} from 0 on, one after the other"
                 )
 
     def needed(self, rank: int, operation: Operation) -> tuple[int, Operation] | None:
-        """The operation, and its rank, that must have ended before this one can begin."""
+        """Return the operation, and its rank, that must have ended before this one can begin."""
         pipelines = self.roles[operation.role]
         source = pipelines.source(rank, operation.kind)
         if source is not None:
@@ -131,28 +133,28 @@ class Orders:
 
 
 def timeline(orders: Orders, seconds: Callable[[int, Operation], float]) -> list[Event]:
-    """Every operation as early as may be, by start; `seconds(rank, operation)` is what it takes, messages take none.
+    """Run every operation as early as possible, by start; it takes `seconds(rank, operation)`, messages take none.
 
     Raises ImpossibleSchedule where ranks wait for each other in a circle.
     """
     events: dict[tuple[int, Operation], Event] = {}
-    places, free = dict.fromkeys(orders.by_rank, 0), dict.fromkeys(orders.by_rank, 0.0)
+    done, free = dict.fromkeys(orders.by_rank, 0), dict.fromkeys(orders.by_rank, 0.0)
     moved = True
     while moved:
         moved = False
         for rank, order in orders.by_rank.items():
-            for operation in order[places[rank] :]:
+            for operation in order[done[rank] :]:
                 needed = orders.needed(rank, operation)
                 if needed is not None and needed not in events:
                     break
                 start = max(free[rank], events[needed].end if needed else 0.0)
                 free[rank] = end = start + seconds(rank, operation)
                 events[rank, operation] = Event(rank, operation, start, end)
-                places[rank] += 1
+                done[rank] += 1
                 moved = True
     for rank, order in orders.by_rank.items():
-        if places[rank] < len(order):
-            raise ImpossibleSchedule(f"the ranks wait for each other: rank {rank} for {order[places[rank]]}")
+        if done[rank] < len(order):
+            raise ImpossibleSchedule(f"the ranks wait for each other: rank {rank} for {order[done[rank]]}")
     return sorted(events.values(), key=lambda event: event.start)
 
 
@@ -182,27 +184,29 @@ def one_forward_one_backward(roles: Mapping[str, Pipelines]) -> Orders:
         )
         full = pipelines.stages - pipelines.stage(rank) - 1 if backwards else len(forwards)
         steady = itertools.zip_longest(forwards[full:], backwards)
-        return [*forwards[:full], *(each for pair in steady for each in pair if each is not None)]
+        return [*forwards[:full], *(operation for pair in steady for operation in pair if operation is not None)]
 
     return _role_by_role(roles, order)
 
 
 def _role_by_role(roles: Mapping[str, Pipelines], order: Callable[[str, int], Iterable[Operation]]) -> Orders:
-    ranks = sorted({rank for pipelines in roles.values() for rank in pipelines.places})
-    return Orders(
-        roles,
-        {rank: [each for role in roles if rank in roles[role].places for each in order(role, rank)] for rank in ranks},
-    )
+    ranks = sorted({rank for pipelines in roles.values() for rank in pipelines.positions})
+    by_rank: dict[int, list[Operation]] = {rank: [] for rank in ranks}
+    for role, pipelines in roles.items():
+        for rank in pipelines.positions:
+            by_rank[rank] += order(role, rank)
+    return Orders(roles, by_rank)
 
 
 def fused(roles: Mapping[str, Pipelines], schedule: Schedule) -> Orders:
-    """The schedule as it stands, its models A and B the first and the second role, on every line of `devices`.
+    """Order the roles as the schedule says, its models A and B the first and the second role, on all lines of
+    `devices`.
 
     Raises CannotFuse where the roles do not stand so, ImpossibleSchedule where the schedule is of other pipelines.
     """
     lines, names = devices(roles), list(roles)
     for model, name in enumerate(names):
-        planned = schedule.instance.models[model].stages, schedule.instance.models[model].micro_batches
+        planned = schedule.problem.models[model].stages, schedule.problem.models[model].micro_batches
         if planned != (roles[name].stages, roles[name].micro_batches):
             raise ImpossibleSchedule(
                 f"the schedule has {planned[0]} stages and {planned[1]} micro-batches of {name}, and the order needs "
@@ -211,35 +215,35 @@ def fused(roles: Mapping[str, Pipelines], schedule: Schedule) -> Orders:
     by_rank: dict[int, list[Operation]] = {}
     for line in lines:
         for rank, row in zip(line, schedule.by_device, strict=True):
-            by_rank[rank] = [Operation(names[each.model], each.kind, each.micro_batch) for each in row]
+            by_rank[rank] = [Operation(names[op.model], op.kind, op.micro_batch) for op in row]
     return Orders(roles, by_rank)
 
 
 def devices(roles: Mapping[str, Pipelines]) -> list[tuple[int, ...]]:
-    """The lines of ranks on which the first role runs one way and the second the other, as in the planner's `Instance`.
+    """Return the lines of ranks on which one role runs one way and the other back, as in a `SchedulingProblem`.
 
     Raises CannotFuse where there are none.
     """
     if len(roles) != 2:
         raise CannotFuse(f"it takes two roles, and here train {', '.join(roles) or 'none'}")
     (one, a), (other, b) = roles.items()
-    for alone, name in ((a.places.keys() - b.places, one), (b.places.keys() - a.places, other)):
+    for alone, name in ((a.positions.keys() - b.positions, one), (b.positions.keys() - a.positions, other)):
         if alone:
             raise CannotFuse(f"rank {min(alone)} trains the {name} alone")
     after: dict[int, int] = {}
     for ranks in (*a.ranks, *(ranks[::-1] for ranks in b.ranks)):
         after.update(itertools.pairwise(ranks))
     lines = []
-    for rank in sorted(a.places.keys() - after.values()):
+    for rank in sorted(a.positions.keys() - after.values()):
         line = [rank]
         while line[-1] in after and len(line) < lcm(a.stages, b.stages):
             line.append(after[line[-1]])
         lines.append(tuple(line))
 
-    def pieces(stages: int) -> set[tuple[int, ...]]:
+    def parts(stages: int) -> set[tuple[int, ...]]:
         return {line[start : start + stages] for line in lines for start in range(0, len(line), stages)}
 
-    if pieces(a.stages) != set(a.ranks) or pieces(b.stages) != {ranks[::-1] for ranks in b.ranks}:
+    if parts(a.stages) != set(a.ranks) or parts(b.stages) != {ranks[::-1] for ranks in b.ranks}:
         raise CannotFuse(
             f"the {other} does not run against the {one}, as it would on the mesh {mesh_against(a, b.stages)}"
         )
@@ -247,7 +251,7 @@ def devices(roles: Mapping[str, Pipelines]) -> list[tuple[int, ...]]:
 
 
 def mesh_against(a: Pipelines, stages: int) -> list[int]:
-    """A mesh on which pipelines of so many stages run against those of `a`."""
+    """Return a mesh on which pipelines of so many stages run against those of `a`."""
     ranks = list(itertools.chain.from_iterable(a.ranks))
     pipelines = [ranks[start : start + stages][::-1] for start in range(0, len(ranks), stages)]
     return [rank for stage in zip(*sorted(pipelines), strict=True) for rank in stage]

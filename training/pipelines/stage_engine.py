@@ -29,11 +29,11 @@ class Pass:
 
     batch: Callable[[], TokenBatch]
     loss: Callable[[Any, TokenBatch], Tensor]
-    """Of what the model, or its last stage, says of the batch: the micro-batch's share of the total loss."""
+    """Outputs of the model, or of its last stage, and the batch -> the micro-batch's share of the total loss."""
     weight: float = 1.0
-    """0 for one that only keeps a rank in step."""
+    """0 for a micro-batch that only keeps a rank in step."""
     more: tuple[Any, ...] = ()
-    """What the model takes after the batch."""
+    """Arguments of the model after the batch."""
 
     def of_whole(self, model: Callable[..., Any]) -> Tensor:
         batch = self.batch()
@@ -63,10 +63,10 @@ class StageEngine(ZeroEngine):
     ):
         assert len(cut.layers) > 1
         self.pipeline, self.cut = pipeline, cut
-        seats = pipeline.gather((cut.stage, ranks.rank), "loading the models")
-        self.stages = [stage for stage, _ in seats]
-        """Of the pipeline's ranks."""
-        if len({data_rank for _, data_rank in seats}) > 1:
+        positions = pipeline.gather((cut.stage, ranks.rank), "loading the models")
+        self.stages = [stage for stage, _ in positions]
+        """The stages of the pipeline's ranks."""
+        if len({data_rank for _, data_rank in positions}) > 1:
             raise UserError(
                 f"A pipeline goes through ranks {list(pipeline.mesh)}, which come in other places among those of their "
                 f"stages: list the ranks of each stage of the mesh in ascending order."
@@ -80,15 +80,15 @@ class StageEngine(ZeroEngine):
         trained = table if table is not None and table.requires_grad else None
         self.table = trained if cut.is_first else None
         self.copy = trained if cut.is_last else None
-        """Of the first stage's table; it has gradients during the passes of a step alone."""
+        """The copy of the first stage's table; it has gradients during the passes of a step alone."""
         self.copy_gradient: Tensor | None = None
-        """Summed over micro-batches in fp32."""
+        """The gradient of the copy, summed over micro-batches in fp32."""
         if self.copy is not None:
             self.copy.requires_grad_(False)
         super().__init__(model, settings, dtype, total_steps, ranks, dropout)
 
     def work(self, passes: Sequence[Pass]) -> "TrainingWork":
-        """This stage's forward and backward passes before the next step."""
+        """Return this stage's forward and backward passes before the next step."""
         if self.in_training_mode:
             self.engine.train()
         self.engine.set_gradient_accumulation_boundary(False)
@@ -111,12 +111,12 @@ class StageEngine(ZeroEngine):
         with self.ranks.as_world():
             self.engine.set_gradient_accumulation_boundary(True)
             self.engine.allreduce_gradients()
-        found = super().step()
+        metrics = super().step()
         self._send_table()
-        return found
+        return metrics
 
     def _gradient_norm(self) -> Tensor:
-        """Of all stages together, by which the gradients of this one are clipped."""
+        """Return that of all stages together, and clip the gradients of this one by it."""
         gradients, divided = reduced_gradients(self.engine)
         squared = norm_of(gradients).double() ** 2
         if divided:
@@ -128,7 +128,7 @@ class StageEngine(ZeroEngine):
         return norm
 
     def _send_gradient_of_copy(self) -> None:
-        """The last stage sends it to the first, which adds it to its own."""
+        """Send it from the last stage to the first, which adds it to its own."""
         if self.copy is not None:
             assert self.copy_gradient is not None
             self.copy.requires_grad_(False)
@@ -141,7 +141,7 @@ class StageEngine(ZeroEngine):
             own += received.view_as(own)
 
     def _send_table(self) -> None:
-        """The first stage sends it to the last, whose copy it is."""
+        """Send it from the first stage to the last, whose copy it is."""
         if self.table is not None:
             dist.send(self.table.data, group=self.pipeline.members, group_dst=self._last)
         if self.copy is not None:
@@ -163,7 +163,7 @@ class StageEngine(ZeroEngine):
         return self.pipeline if self.ranks.is_first else None
 
     def trained_weights(self) -> dict[str, Tensor]:
-        """Those of all stages, whole, in fp32 on the CPU, named as in the language model.
+        """Return those of all stages, whole, in fp32 on the CPU, named as in the language model.
 
         All ranks of all stages call it; only the first of a pipeline gets them (the others an empty dict).
         """
@@ -172,13 +172,13 @@ class StageEngine(ZeroEngine):
 
 
 class StageWork:
-    """What a stage does with the batches of one optimiser step or one scoring pass, by micro-batch."""
+    """Holds a stage's batches of one optimiser step or one scoring pass, by micro-batch."""
 
     def __init__(self, model: nn.Module, batches: Sequence[TokenBatch]):
         self.model, self.batches, self.count = cast(PreTrainedModel, model), batches, len(batches)
 
     def room(self, micro_batch: int) -> Tensor:
-        """For the hidden states between two stages, or their gradient."""
+        """Return an empty tensor for the hidden states between two stages, or their gradient."""
         weight = next(self.model.parameters())
         return torch.empty(
             hidden_shape(self.model, self.batches[micro_batch]), dtype=weight.dtype, device=weight.device
@@ -186,8 +186,8 @@ class StageWork:
 
 
 class ScoringWork(StageWork):
-    """Calls `ask` as the model is called, with a batch and `more`, without gradients. On the last stage `keep` gets a
-    batch's number and what the model says of it."""
+    """Calls `ask` as the model is called, with a batch and `more`, without gradients. On the last stage `store` gets a
+    batch's number and the outputs for it."""
 
     def __init__(
         self,
@@ -195,18 +195,18 @@ class ScoringWork(StageWork):
         model: nn.Module,
         cut: StageCut,
         batches: Sequence[TokenBatch],
-        keep: Callable[[int, Any], None],
+        store: Callable[[int, Any], None],
         *more: Any,
     ):
         super().__init__(model, batches)
-        self.ask, self.cut, self.keep, self.more = ask, cut, keep, more
+        self.ask, self.cut, self.store, self.more = ask, cut, store, more
 
     @torch.no_grad()
     def forward(self, micro_batch: int, received: Tensor | None) -> Tensor | None:
-        said = self.ask(self.batches[micro_batch], *self.more, received=received)
+        outputs = self.ask(self.batches[micro_batch], *self.more, received=received)
         if not self.cut.is_last:
-            return said
-        self.keep(micro_batch, said)
+            return outputs
+        self.store(micro_batch, outputs)
         return None
 
     def backward(self, micro_batch: int, gradient: Tensor | None) -> Tensor | None:
@@ -214,26 +214,28 @@ class ScoringWork(StageWork):
 
 
 class TrainingWork(StageWork):
-    """Adds gradients to those of an engine. What stands between a forward pass and its backward pass is kept."""
+    """Adds gradients to those of an engine. It stores what lies between a forward pass and its backward pass."""
 
     def __init__(self, engine: StageEngine, passes: Sequence[Pass]):
-        super().__init__(engine.language_model, [each.batch() for each in passes])
+        super().__init__(engine.language_model, [one.batch() for one in passes])
         self.engine, self.passes = engine, passes
         self.between: dict[int, tuple[Tensor | None, Tensor]] = {}
-        """Hidden states that came in; hidden states that went out, or the loss."""
+        """Hidden states received; hidden states sent, or the loss."""
 
     def forward(self, micro_batch: int, received: Tensor | None) -> Tensor | None:
         if received is not None:
             received.requires_grad_()
-        made = self.engine(self.batches[micro_batch], *self.passes[micro_batch].more, received=received)
+        outputs = self.engine(self.batches[micro_batch], *self.passes[micro_batch].more, received=received)
         if self.engine.cut.is_last:
-            share = self.passes[micro_batch].loss(made, self.batches[micro_batch]) * self.passes[micro_batch].weight
-            made = share * self.engine.ranks.size  # DeepSpeed takes the mean over ranks
-        self.between[micro_batch] = received, made
-        return None if self.engine.cut.is_last else made.detach()
+            share = self.passes[micro_batch].loss(outputs, self.batches[micro_batch]) * self.passes[micro_batch].weight
+            outputs = share * self.engine.ranks.size  # DeepSpeed takes the mean over ranks
+        self.between[micro_batch] = received, outputs
+        return None if self.engine.cut.is_last else outputs.detach()
 
     def backward(self, micro_batch: int, gradient: Tensor | None) -> Tensor | None:
-        received, made = self.between.pop(micro_batch)
-        loss = made if gradient is None else torch.dot(made.flatten(), gradient.flatten())  # whose is `gradient` itself
+        received, outputs = self.between.pop(micro_batch)
+        loss = outputs
+        if gradient is not None:
+            loss = torch.dot(outputs.flatten(), gradient.flatten())  # its gradient is `gradient` itself
         self.engine.backward(loss)
         return None if received is None else received.grad

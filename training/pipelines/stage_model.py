@@ -1,8 +1,8 @@
-"""A model of transformers cut into pipeline stages: each has a run of its layers, and the family's own forward pass.
+"""Models of transformers cut into pipeline stages: each has a run of the layers, and the family's own forward pass.
 
-Layers of other stages become pass-throughs without parameters. In the one before its run a stage is handed what it has
-received, and the one behind the run keeps what it sends on, so that nothing else that a family does outside of its
-layers matters to it. Which families can be cut so is tried on a model of the same shape without memory.
+Layers of other stages become pass-throughs without parameters. The one before its run hands a stage what it has
+received, and the one behind the run stores what it sends on, so that nothing else that a family does outside of its
+layers matters. Which families can be cut is tried on a model of the same shape without memory.
 """
 
 import re
@@ -25,7 +25,7 @@ from training.pipelines.stage_trial import NoStages, Parts, hidden_of, parts_out
 
 
 class AbsentLayer(nn.Module):
-    """A layer that another stage has: hidden states pass through it, or those that were `handed` to it instead."""
+    """Stands for a layer of another stage: hidden states pass through it, or those `handed` to it instead."""
 
     def __init__(self, layer: nn.Module, outputs: int):
         super().__init__()
@@ -42,7 +42,7 @@ class AbsentLayer(nn.Module):
 
 
 class AbsentPart(nn.Module):
-    """A module outside of the layers that another stage has; what it gives here reaches no layer and no one."""
+    """Stands for a module of another stage outside of the layers; its outputs reach no layer here, and no one."""
 
     def __init__(self, gives_nothing: bool):
         super().__init__()
@@ -55,18 +55,18 @@ class AbsentPart(nn.Module):
 
 @dataclass(frozen=True)
 class StageParts:
-    """What a cut model says of itself."""
+    """Says how a model was cut."""
 
     cut: StageCut
     stack: str
     whole_names: dict[str, str]
-    """Of parameters that have another name in the whole model."""
+    """The names in the whole model of parameters that have another name there."""
     table: str | None
     """The parameter that first and last stage share."""
 
 
 def stage_of(model: nn.Module) -> StageParts | None:
-    """What `keep_stage` has left of a model; None of a whole one."""
+    """Return how `keep_stage` has cut a model; None for a whole one."""
     return vars(model).get("stage")
 
 
@@ -94,7 +94,7 @@ def handing_over(model: nn.Module, received: Tensor | None) -> Iterator[list[Ten
 
 
 def sends_on(model: nn.Module) -> bool:
-    """Whether it is a stage but the last: what it gives are hidden states for the next one."""
+    """Whether it is a stage other than the last, whose outputs are hidden states for the next one."""
     stage = stage_of(model)
     return stage is not None and not stage.cut.is_last
 
@@ -112,7 +112,7 @@ def require_stages(model: PreTrainedModel | PreTrainedConfig, stages: int) -> No
 
 
 def stages_of(model: PreTrainedModel, layers: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """For each parameter of a whole model the stages that hold it; `layers[i]` layers are on stage i.
+    """Return the stages that hold each parameter of a whole model; `layers[i]` layers are on stage i.
 
     Only its structure is read. Raises UserError if it cannot be cut so.
     """
@@ -123,19 +123,19 @@ def stages_of(model: PreTrainedModel, layers: tuple[int, ...]) -> dict[str, tupl
 
 
 def holders(model: PreTrainedModel, parts: Parts, layers: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """`stages_of`, of a model whose parts are known."""
-    found: dict[int, set[int]] = {}
+    """Do as `stages_of`, for a model whose parts are known."""
+    stages: dict[int, set[int]] = {}
     for stage in range(len(layers)):
         for module in held_modules(model, parts, StageCut(stage, layers)):
             for parameter in module.parameters():
-                found.setdefault(id(parameter), set()).add(stage)
-    return {name: tuple(sorted(found[id(parameter)])) for name, parameter in model.named_parameters()}
+                stages.setdefault(id(parameter), set()).add(stage)
+    return {name: tuple(sorted(stages[id(parameter)])) for name, parameter in model.named_parameters()}
 
 
 def keep_stage(model: PreTrainedModel, cut: StageCut) -> None:
-    """Take from a whole model, in place, all parameters that its stage does not hold; the others keep their names.
+    """Remove from a whole model, in place, all parameters that its stage does not hold; the others keep their names.
 
-    LoRA layers are in it before. Raises UserError if it cannot be cut so.
+    LoRA layers are added before. Raises UserError if it cannot be cut so.
     """
     require_cut(model, cut.layers)
     if len(cut.layers) > 1:
@@ -143,7 +143,7 @@ def keep_stage(model: PreTrainedModel, cut: StageCut) -> None:
 
 
 def cut_out(model: PreTrainedModel, parts: Parts, cut: StageCut) -> None:
-    """`keep_stage`, of a model whose parts are known."""
+    """Do as `keep_stage`, for a model whose parts are known."""
     whole_names = {id(parameter): name for name, parameter in model.named_parameters()}
     shared = {name for name, stages in holders(model, parts, cut.layers).items() if len(stages) > 1}
     leave_out(model, parts, set(held_modules(model, parts, cut)))
@@ -153,26 +153,26 @@ def cut_out(model: PreTrainedModel, parts: Parts, cut: StageCut) -> None:
     vars(model)["stage"] = StageParts(cut, parts.stack, renamed, table)
 
 
-def leave_out(model: PreTrainedModel, parts: Parts, kept: Set[nn.Module]) -> None:
-    """Put absent ones in the places of all layers, and of all parts with parameters, that are not kept."""
+def leave_out(model: PreTrainedModel, parts: Parts, held: Set[nn.Module]) -> None:
+    """Replace all layers, and all parts with parameters, that are not `held`."""
     layers: Any = model.get_submodule(parts.stack)
     for number, layer in enumerate(layers):
-        if layer not in kept:
+        if layer not in held:
             layers[number] = AbsentLayer(layer, parts.outputs)
     for name, module in list(parts_outside(model, parts.stack)):
-        if module not in kept and next(module.parameters(), None) is not None:
+        if module not in held and next(module.parameters(), None) is not None:
             model.set_submodule(name, AbsentPart(isinstance(base_of(module), nn.Embedding)))
 
 
 def held_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a stage, or of a whole model, by the whole model's names."""
+    """Return the parameters of a stage, or of a whole model, by the whole model's names."""
     stage = stage_of(model)
     whole_names = stage.whole_names if stage else {}
     return {whole_names.get(name, name): parameter for name, parameter in model.named_parameters()}
 
 
 def tied_table(model: nn.Module) -> nn.Parameter | None:
-    """The table that the first and the last stage share, on those two."""
+    """Return the table that the first and the last stage share, on those two."""
     stage = stage_of(model)
     return model.get_parameter(stage.table) if stage and stage.table else None
 
@@ -189,13 +189,13 @@ def require_cut(model: PreTrainedModel, layers: tuple[int, ...]) -> None:
 
 
 def held_by(model: PreTrainedModel, cut: StageCut) -> set[nn.Parameter]:
-    """The parameters of a whole model that a stage holds."""
+    """Return the parameters of a whole model that a stage holds."""
     stages = stages_of(model, cut.layers)
     return {parameter for name, parameter in model.named_parameters() if cut.stage in stages[name]}
 
 
 def held_modules(model: PreTrainedModel, parts: Parts, cut: StageCut) -> Iterator[nn.Module]:
-    """What a stage has of a whole model: a run of its layers, and on the first and last one what is outside of them."""
+    """Yield what a stage has of a whole model: a run of its layers, and on the first and last one what is outside."""
     layers: Any = model.get_submodule(parts.stack)
     yield from (layers[number] for number in cut.run)
     for name, module in parts_outside(model, parts.stack):
@@ -204,13 +204,13 @@ def held_modules(model: PreTrainedModel, parts: Parts, cut: StageCut) -> Iterato
 
 
 _PARTS: dict[tuple[type[nn.Module], str], Parts | str] = {}
-"""By class and configuration; a text says why the family cannot be cut."""
+"""The parts by class and configuration; a text says why the family cannot be cut."""
 OF_NO_PART = re.compile(r'"(dtype|vocab_size|\w+_token_id)": .*')
-"""What a configuration may say otherwise of the same parts."""
+"""Lines in which configurations of the same parts may differ."""
 
 
 def parts_of(model: PreTrainedModel) -> Parts:
-    """The parts of a whole model of at least two layers, perhaps with LoRA. Raises UserError if it cannot be cut."""
+    """Return the parts of a whole model of two layers or more, LoRA included. Raises UserError if it cannot be cut."""
     config: Any = model.config
     shape = type(model), OF_NO_PART.sub("", config.to_json_string(use_diff=False))
     if shape not in _PARTS:
@@ -229,9 +229,9 @@ def parts_of(model: PreTrainedModel) -> Parts:
 
 
 def tried(model: PreTrainedModel) -> Parts:
-    """What a forward pass through all layers shows of a family whose last layer then runs alone.
+    """Return what a forward pass through all layers shows of a family, whose last layer then runs alone.
 
-    Raises NoStages where more passes from layer to layer than hidden states.
+    Raises NoStages where more than hidden states passes from layer to layer.
     """
     shape, inputs = without_values(model)
     with torch.device("meta"), torch.enable_grad():
@@ -252,7 +252,7 @@ def read_stage(
     may_have: Callable[[str], bool] = lambda key: False,
     **options: Any,
 ) -> tuple[PreTrainedModel, set[str]]:
-    """`whole` with this stage's weights in place of its own, and which of the weights `may_miss` were made up.
+    """Give `whole` this stage's weights in place of its own; returns it, and which of `may_miss` were made up.
 
     `whole` may be on the meta device; its buffers are not. The rest as in `read_weights`. A head of scores is read, or
     made up, on every stage: so all of them draw the same random numbers.
@@ -276,7 +276,7 @@ def read_stage(
 
 
 def stage_class(whole: PreTrainedModel, parts: Parts, cut: StageCut) -> type[PreTrainedModel]:
-    """The family's class, whose models have one stage's parameters from the start, so that no others are looked for."""
+    """Make a class of the family whose models have one stage's parameters from the start: no others are searched."""
     family: Any = type(whole)
     always = {"score"}
     if cut.is_first or cut.is_last:  # both modules of a tied table, whichever the files know
@@ -286,11 +286,11 @@ def stage_class(whole: PreTrainedModel, parts: Parts, cut: StageCut) -> type[Pre
 
     def __init__(self: Any, config: Any, *values: Any, **named: Any) -> None:
         family.__init__(self, config, *values, **named)
-        kept = {*held_modules(self, parts, cut)}
-        kept |= {module for name, module in parts_outside(self, parts.stack) if name in always}
-        leave_out(self, parts, kept)
-        held = {name for name, _ in self.named_parameters(remove_duplicate=False)}
+        held = {*held_modules(self, parts, cut)}
+        held |= {module for name, module in parts_outside(self, parts.stack) if name in always}
+        leave_out(self, parts, held)
+        names = {name for name, _ in self.named_parameters(remove_duplicate=False)}
         tied = self.all_tied_weights_keys.items()
-        self.all_tied_weights_keys = {name: other for name, other in tied if {name, other} <= held}
+        self.all_tied_weights_keys = {name: other for name, other in tied if {name, other} <= names}
 
     return type(family.__name__, (family,), {"__init__": __init__, "__module__": family.__module__})

@@ -1,6 +1,6 @@
-"""What a forward pass shows of a model: which parts it consists of, and whether it could be cut between its layers.
+"""Trial of a model: a forward pass shows which parts it consists of, and whether it can be cut between its layers.
 
-The model has no memory: autograd alone sees what is made of what.
+The model has no memory: autograd alone sees what is computed from what.
 """
 
 import copy
@@ -19,27 +19,27 @@ from inference.generation.attention import PACKED_ATTENTION, Sequences, can_pack
 from inference.private_surfaces import set_attention
 
 TRIAL_LENGTHS = (1, 2)
-"""Of the sequences in a trial."""
+"""Tokens of the sequences in a trial."""
 
 
 class NoStages(ValueError):
-    """Why a family cannot be cut."""
+    """A family cannot be cut; the message says why, in a phrase."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a model consists of, by the names of its modules."""
+    """Names the modules that a model consists of."""
 
     stack: str
     """The list of its layers."""
     before: frozenset[str]
-    """Those outside of it that are needed before the first layer. All others come after the last one."""
+    """Modules outside of it that are needed before the first layer. All others come after the last one."""
     outputs: int
     """A layer gives so many values, the hidden states first; 0: it gives them alone."""
 
 
 def parts_outside(model: nn.Module, stack: str) -> Iterator[tuple[str, nn.Module]]:
-    """The largest modules that have nothing of the layers, whose list is called `stack`."""
+    """Yield the largest modules outside of the layers, whose list is called `stack`."""
     way = stack.split(".")
     for depth, step in enumerate(way):
         start = "".join(f"{name}." for name in way[:depth])
@@ -49,7 +49,7 @@ def parts_outside(model: nn.Module, stack: str) -> Iterator[tuple[str, nn.Module
 
 
 def without_values(model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A whole model of the same shape on the meta device, and what its backbone takes of a few tokens."""
+    """Return a whole model of the same shape on the meta device, and its backbone's inputs for a few tokens."""
     packs, config = can_pack(model), copy.deepcopy(model.config)
     with torch.device("meta"):
         with no_init_weights():
@@ -71,7 +71,7 @@ def without_values(model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, A
 
 
 def watched(model: PreTrainedModel, inputs: dict[str, Any]) -> Parts:
-    """What one forward pass shows of a model's parts. Raises NoStages where it cannot be cut."""
+    """Return the parts of a model as one forward pass shows them. Raises NoStages where it cannot be cut."""
     stack = stack_of(model)
     layers: Any = model.get_submodule(stack)
     outside = dict(parts_outside(model, stack))
@@ -94,14 +94,14 @@ def watched(model: PreTrainedModel, inputs: dict[str, Any]) -> Parts:
 
 
 class Watch:
-    """Hooks of a stack of layers: each must take the hidden states of the one before as they are, and nothing else that
-    was made with weights."""
+    """Hooks into a stack of layers, which must each take the hidden states of the one before as they are, and nothing
+    else that was computed with weights."""
 
     def __init__(self, layers: Iterable[nn.Module]):
         self.layers = list(layers)
         self.called, self.outputs = 0, 0
         self.before: set[int] = set()
-        """Ids of the parameters that the first layer's input is made of."""
+        """Ids of the parameters that the first layer's input is computed from."""
         self.early: set[nn.Module] = set()
         """Other modules that were called before the first layer."""
         self._passed: Tensor | None = None
@@ -136,7 +136,7 @@ class Watch:
 
 
 def stack_of(model: PreTrainedModel) -> str:
-    """The name of the list of a model's layers. Raises NoStages where there is none."""
+    """Return the name of the list of a model's layers. Raises NoStages where there is none."""
     text: Any = text_config(model.config)
     decoder = backbone_of(model) if text is model.config else model.get_decoder()
     start = next((f"{name}." for name, module in model.named_modules() if name and module is decoder), "")
@@ -147,19 +147,19 @@ def stack_of(model: PreTrainedModel) -> str:
 
 
 def leaves(tensor: Tensor) -> set[int]:
-    """Ids of the tensors that one was made of, as autograd sees it."""
+    """Return the ids of the tensors that `tensor` was computed from, as autograd sees it."""
     nodes: list[Any] = [tensor.grad_fn] if tensor.grad_fn is not None else []
-    found = {id(tensor)} if tensor.requires_grad and not nodes else set()
+    ids = {id(tensor)} if tensor.requires_grad and not nodes else set()
     seen = set(nodes)
     while nodes:
         node = nodes.pop()
         if hasattr(node, "variable"):
-            found.add(id(node.variable))
+            ids.add(id(node.variable))
         for before, _ in node.next_functions:
             if before is not None and before not in seen:
                 seen.add(before)
                 nodes.append(before)
-    return found
+    return ids
 
 
 def hidden_of(values: tuple, named: dict[str, Any]) -> Tensor:

@@ -24,7 +24,7 @@ from training.planner.workload import Model, Workload
 
 @dataclass(frozen=True)
 class Group:
-    """Like groups of ranks that talk at the same time."""
+    """Describes equal groups of ranks that communicate at the same time."""
 
     size: int
     bandwidth: float
@@ -35,12 +35,12 @@ class Group:
     """The same in a decode step."""
 
     def all_reduce(self, size: float) -> float:
-        """Seconds to sum `size` bytes that every rank has."""
+        """Return the seconds to sum `size` bytes that every rank has."""
         return self.latency + 2 * (self.size - 1) / self.size * size / self.bandwidth if self.size > 1 else 0.0
 
     def all_gather(self, size: float, share: float = 1.0) -> float:
-        """Seconds until every rank has `size` bytes of which each had a part, at a share of the bandwidth; those of a
-        reduce-scatter too."""
+        """Return the seconds until every rank has `size` bytes of which each had a part, at a share of the bandwidth;
+        those of a reduce-scatter too."""
         sent = (self.size - 1) / self.size * size
         return self.latency + sent / (self.bandwidth * share) if self.size > 1 else 0.0
 
@@ -87,14 +87,14 @@ BACKWARD_OF_ADAPTERS = 1
 HEAD_LAUNCHES = 1
 """Launches of embedding, last norm, output matrix and sampling or loss, in layers."""
 HEAD_COLLECTIVES = 3
-"""Of a tensor-parallel group a pass: embedding, logits, and what is drawn or lost."""
+"""Collectives of a tensor-parallel group a pass: for embedding, logits, and sampling or loss."""
 OPTIMIZER_BYTES = 34
 """Read and written for each weight by AdamW on 16-bit weights: gradient, fp32 copy and two moments, both ways."""
 
 
 @dataclass(frozen=True)
 class CallCost:
-    """Seconds of one call, by what they are spent on."""
+    """Holds the seconds of one call, by what they are spent on."""
 
     arithmetic: float = 0.0
     """Matrix products, or reading the weights where that takes longer."""
@@ -133,22 +133,23 @@ class CallCosts:
         self._links: dict[tuple, Links] = {}
 
     def cost(self, call: Call, assignment: Assignment) -> CallCost:
-        """Of `call` itself; the augmented graph adds reallocation, data transfer and offload."""
+        """Return the cost of `call` itself; the augmented graph adds reallocation, data transfer and offload."""
         model = self.workload.models[call.role]
         of_kind = {"generate": self._generate, "score": self._score, "train": self._train}[call.kind]
         return of_kind(model, assignment)
 
     def _score(self, model: Model, assignment: Assignment) -> CallCost:
-        rows = self._rows("score", assignment)
+        rows = self.workload.rows_together("score", assignment)
         stage = self._pass(model, assignment, rows, self.workload.length) + self._gathered(model, assignment)
         stage = stage + self._hooks(model, assignment)
         parts = self.workload.micro_batches("score", assignment)
         return self._pipelined(stage, model, assignment, rows * self.workload.length, parts)
 
     def _train(self, model: Model, assignment: Assignment) -> CallCost:
-        """Each optimiser step: forward, recomputed forward and backward of every micro-batch, reduction, update."""
+        """Count each optimiser step: forward, recomputed forward and backward of all micro-batches, reduction,
+        update."""
         workload, layout = self.workload, assignment.layout
-        rows = self._rows("train", assignment)
+        rows = workload.rows_together("train", assignment)
         forwards = 2 if workload.checkpointing else 1
         forward = self._pass(model, assignment, rows, workload.length)
         backward = _backward(model, forward)
@@ -173,20 +174,20 @@ class CallCosts:
         return (passes + step) * (workload.mini_batches * workload.epochs)
 
     def micro_batch_by_stage(self, call: Call, assignment: Assignment) -> list[tuple[float, float]]:
-        """Seconds of a forward and a backward pass of a call that trains on each pipeline stage, with what each sends;
+        """Return the seconds of a training call's forward and backward pass on each pipeline stage, sending included;
         where activations are recomputed the backward pass does it."""
         model, layout = self.workload.models[call.role], assignment.layout
-        rows, last = self._rows("train", assignment), layout.pipeline - 1
+        rows, last = self.workload.rows_together("train", assignment), layout.pipeline - 1
         hop = self._links_of(assignment).hop.send(self._sent(model, assignment, rows * self.workload.length))
-        found = []
+        passes = []
         for stage, layers in enumerate(layout.runs(model.shape.layers)):
             forward = self.stage_pass(model, assignment, layers, stage == last, rows, self.workload.length)
             backward = _backward(model, forward) + forward * self.workload.checkpointing
-            found.append((forward.seconds + hop * (stage < last), backward.seconds + hop * (stage > 0)))
-        return found
+            passes.append((forward.seconds + hop * (stage < last), backward.seconds + hop * (stage > 0)))
+        return passes
 
     def _generate(self, model: Model, assignment: Assignment) -> CallCost:
-        """Waves of `pipeline` groups of rows (all rows where there is one stage): prefill, then decode steps.
+        """Count waves of `pipeline` groups of rows (all rows where there is one stage): prefill, then decode steps.
 
         A stage works on one group while the others are elsewhere in the pipeline, so that a round of steps of all
         groups takes `pipeline` times the slowest stage, the last one with its head. A sample that ends makes room for
@@ -194,7 +195,7 @@ class CallCosts:
         """
         workload, layout = self.workload, assignment.layout
         links = self._links_of(assignment)
-        rows, parts = self._rows("generate", assignment), workload.micro_batches("generate", assignment)
+        rows, parts = workload.rows_together("generate", assignment), workload.micro_batches("generate", assignment)
         groups = min(parts, layout.pipeline)
         waves = -(-parts // layout.pipeline)
         prefill = self._pipelined(
@@ -212,8 +213,8 @@ class CallCosts:
     def _pass(
         self, model: Model, assignment: Assignment, rows: float, length: int, context: float | None = None
     ) -> CallCost:
-        """One forward pass of the slowest stage over `rows` x `length` tokens: the last stage, which has the head, or
-        one of more layers.
+        """Count a forward pass of the slowest stage over `rows` x `length` tokens: the last stage, which has the head,
+        or one of more layers.
 
         With `context` a decode step: so many earlier keys and values are read for every token.
         """
@@ -234,7 +235,7 @@ class CallCosts:
         length: int,
         context: float | None = None,
     ) -> CallCost:
-        """One forward pass of a stage of so many layers."""
+        """Count one forward pass of a stage of so many layers."""
         shape, layout, width = model.shape, assignment.layout, self.workload.value_bytes
         tokens = rows * length
         weights = (layers * model.layer_weights + model.head_weights * has_head) / layout.tensor
@@ -268,18 +269,18 @@ class CallCosts:
         parts: int,
         sends: int = 1,
     ) -> CallCost:
-        """`parts` micro-batches through all stages; each crossing between two sends the hidden states `sends` times."""
+        """Count `parts` micro-batches through all stages; between two the hidden states are sent `sends` times."""
         layout = assignment.layout
         hop = self._links_of(assignment).hop.send(self._sent(model, assignment, tokens)) * sends
         bubbles = layout.pipeline - 1
         return stage * parts + CallCost(pipeline=bubbles * stage.seconds + (parts + bubbles) * hop)
 
     def _sent(self, model: Model, assignment: Assignment, tokens: float) -> float:
-        """Bytes of hidden states that one rank sends on: tensor-parallel ranks each send a part."""
+        """Return the bytes of hidden states that one rank sends on: tensor-parallel ranks each send a part."""
         return tokens * model.shape.hidden * self.workload.value_bytes / assignment.layout.tensor
 
     def _gathered(self, model: Model, assignment: Assignment) -> CallCost:
-        """Under ZeRO 3 the weights of a stage are gathered layer by layer in every pass."""
+        """Count the gathering, under ZeRO 3, of a stage's weights layer by layer in every pass."""
         layout = assignment.layout
         if layout.zero_stage < 3 or layout.data == 1:
             return CallCost()
@@ -290,15 +291,15 @@ class CallCosts:
         return CallCost(zero=latency + received)
 
     def _hooks(self, model: Model, assignment: Assignment) -> CallCost:
-        """Of ZeRO 3 around every module, in one pass forward or backward."""
+        """Count the hooks of ZeRO 3 around every module, in one pass forward or backward."""
         if assignment.layout.zero_stage < 3:
             return CallCost()
         return CallCost(zero=self.calibration.hook_seconds * max(assignment.layout.runs(model.shape.layers)))
 
     def _gradient_reduction(self, assignment: Assignment, weights: float, zero_stage: int) -> tuple[float, float]:
-        """Seconds to sum the gradients of one optimiser step, and then to gather the new weights.
+        """Return the seconds to sum the gradients of one optimiser step, and then to gather the new weights.
 
-        Every backward pass writes gradients anew. DeepSpeed flattens them before it sums; from ZeRO 1 on it copies them
+        Every backward pass writes new gradients. DeepSpeed flattens them before it sums; from ZeRO 1 on it copies them
         to a bucket before that, and flattens a rank's own part for its optimiser. ZeRO 1 and 2 keep a copy of that part
         of every sum.
         """
@@ -318,11 +319,8 @@ class CallCosts:
         return written + (self._copied(2 * size) + summed) * times + own, gathered
 
     def _copied(self, size: float) -> float:
-        """Seconds to write `size` bytes into memory that is new to the process."""
+        """Return the seconds to write `size` bytes into memory that is new to the process."""
         return size / self.calibration.copy_bandwidth
-
-    def _rows(self, kind: str, assignment: Assignment) -> float:
-        return self.workload.rows_together(kind, assignment)
 
     def _links_of(self, assignment: Assignment) -> Links:
         key = assignment.cut[:4]

@@ -1,4 +1,4 @@
-"""Bytes that a plan holds on each rank, all parts named: `training.memory`'s terms, cut as the plan cuts them.
+"""Footprint: the bytes that a plan holds on each rank, part by part, in `training.memory`'s terms.
 
 Calls that share a rank run one after another, so a rank needs what is held all through and the largest of what its
 calls hold while they run.
@@ -24,7 +24,7 @@ from training.role_settings import OptimizerSettings
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCORING_BYTES_PER_LOGIT = 6
-"""As the model gives them, and once in fp32."""
+"""A logit as the model gives it, and once in fp32."""
 
 
 class Footprints:
@@ -32,8 +32,8 @@ class Footprints:
         self.workload, self.graph = workload, graph
 
     def lender(self, call: Call) -> Call | None:
-        """The training whose weights `call` uses where both have one cut: that of its role; of a reference, the actor's
-        if it trains adapters alone."""
+        """Return the training whose weights `call` uses where both have one cut: that of its role; of a reference, the
+        actor's if it trains adapters alone."""
         is_actor = call.role == "reference" and self.workload.reference_is_actor
         return self.graph.training_call("actor" if is_actor else call.role)
 
@@ -44,7 +44,7 @@ class Footprints:
         return self.lender(call) is None or plan.reallocates(self.graph, call)
 
     def parts(self, call: Call, assignment: Assignment, own_weights: bool) -> tuple[Part, ...]:
-        """What `call` puts on each rank of its mesh; its weights only where it has some of its own."""
+        """Return the parts that `call` puts on each rank of its mesh; its weights only where it has some of its own."""
         model = self.workload.models[call.role]
         if call.kind == "train":
             return (*self._trained(call, model, assignment), *self._passes(call, model, assignment))
@@ -112,7 +112,7 @@ class Footprints:
         return [*(part for part in parts if not part.phase.endswith(LOADING)), _loaded(call, whole, divided)]
 
     def _passes(self, call: Call, model: Model, assignment: Assignment) -> list[Part]:
-        """Activations, keys and values, logits of the largest pipeline stage."""
+        """Return activations, keys and values, and logits of the largest pipeline stage."""
         workload, layout, width = self.workload, assignment.layout, self.workload.value_bytes
         rows = -(-workload.rows(call.kind) // (layout.data * assignment.micro_batches))
         if call.kind == "generate":
@@ -125,8 +125,9 @@ class Footprints:
         parts = []
         if call.kind == "train":
             in_flight = min(assignment.micro_batches, layout.pipeline)
-            kept = in_flight * self.kept(call, assignment, layers) + one_layer * width * workload.checkpointing
-            parts.append(Part("activations", kept, phase=call.name))
+            saved = in_flight * self.saved_activations(call, assignment, layers)
+            recomputed = one_layer * width * workload.checkpointing
+            parts.append(Part("activations", saved + recomputed, phase=call.name))
         else:
             parts.append(Part("activations", (one_layer + tokens * model.shape.hidden) * width, phase=call.name))
         if call.kind == "generate":
@@ -139,8 +140,8 @@ class Footprints:
             parts.append(Part("logits", logits // layout.tensor, phase=call.name))
         return parts
 
-    def kept(self, call: Call, assignment: Assignment, layers: int) -> int:
-        """Bytes that a micro-batch keeps of so many layers from its forward to its backward pass."""
+    def saved_activations(self, call: Call, assignment: Assignment, layers: int) -> int:
+        """Return the bytes that a micro-batch saves of so many layers for its backward pass."""
         model, layout = self.workload.models[call.role], assignment.layout
         tokens = -(-self.workload.rows("train") // (layout.data * assignment.micro_batches)) * self.workload.longest
         layer = model.shape.hidden if self.workload.checkpointing else model.layer_activations // layout.tensor
@@ -158,6 +159,7 @@ class Footprints:
 
 
 def _loaded(call: Call, bytes_: int, divided: bool) -> Part:
-    """A role's weights while ranks read them: each the whole model, or, where ZeRO 3 divides it, the first one."""
+    """Return a role's weights while ranks read them: all the whole model, or, where ZeRO 3 divides it, the first
+    alone."""
     name = f"{call.role} weights, whole" + (" (first rank)" if divided else "")
     return Part(name, bytes_, "host", f"{call.role} {LOADING}", first_rank_only=divided)

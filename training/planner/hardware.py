@@ -18,31 +18,31 @@ from training.planner.workload import Precision
 
 GIB = 2**30
 USABLE_MEMORY = 0.92
-"""Of a device's memory; the rest goes to its context, communication buffers and fragmentation."""
+"""Share of a device's memory; the rest goes to its context, communication buffers and fragmentation."""
 ACHIEVED_BANDWIDTH = 0.8
-"""Of the data sheet's memory and link bandwidth that long transfers reach."""
+"""Share of the data sheet's memory and link bandwidth that long transfers reach."""
 REPLAYED_LAYER_SECONDS = 4e-5
-"""Of a layer in a decode step that a CUDA graph replays: twenty kernels of two microseconds, an estimate."""
+"""Seconds of a layer in a decode step that a CUDA graph replays: twenty kernels of two microseconds, an estimate."""
 FASTER = 1.3
-"""At less gain than this, fp32's accuracy is worth more."""
+"""Where another format is faster by less than this factor, fp32's accuracy is worth more."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """One GPU, or one CPU rank. Bytes, floating-point operations a second, bytes a second."""
+    """Describes one GPU, or one CPU rank, in bytes, floating-point operations a second, bytes a second."""
 
     name: str
     memory: float
     peak_flops: Mapping[Precision, float]
     memory_bandwidth: float
     link_bandwidth: float
-    """To another device of the same node."""
+    """Bandwidth to another device of the same node."""
     host_bandwidth: float
-    """To the host's memory."""
+    """Bandwidth to the host's memory."""
 
     @property
     def has_own_memory(self) -> bool:
-        """A rank without a GPU works in the host's memory, so that nothing can wait there."""
+        """Whether weights can wait in the host's memory: a rank without a GPU works there."""
         return self.host_bandwidth != self.memory_bandwidth
 
     @property
@@ -83,33 +83,34 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Calibration:
-    """What no data sheet says. The defaults are fitted to ReaLHF's published times of PPO iterations, eager PyTorch on
-    A100-class nodes: `python -m benchmarks.realhf_table --csv FILE --calibrate`."""
+    """Holds what no data sheet says. The defaults are fitted to ReaLHF's published times of PPO iterations, eager
+    PyTorch on A100-class nodes: `python -m benchmarks.realhf_table --csv FILE --calibrate`."""
 
     compute_share: float = 0.690
-    """Of the peak rate that matrix products reach."""
+    """Share of the peak rate that matrix products reach."""
     launch_seconds: float = 3.67e-4
-    """To launch the kernels of one layer once, forward, from an eager program."""
+    """Seconds to launch the kernels of one layer once, forward, from an eager program."""
     collective_seconds: float = 1.41e-4
     """Latency of a collective over two ranks, waiting for the later one included; grows with log2 of the ranks."""
     controller_seconds: float = 1.135
     """A call costs the controller, which serves all calls in turn while devices wait: data are fetched and cut,
     requests sent, results and statistics collected."""
     decode_seconds: float = 0.0
-    """To run one layer in a decode step, nearly without arithmetic; 0: as long as to launch it in other passes."""
+    """Seconds to run one layer in a decode step, nearly without arithmetic; 0: as to launch it in other passes."""
     decode_collective_seconds: float = 0.0
     """Latency of a collective in a decode step; 0: as in other passes."""
     gather_share: float = 1.0
-    """Of the link's bandwidth that an all-gather reaches."""
+    """Share of the link's bandwidth that an all-gather reaches."""
     scatter_share: float = 1.0
-    """Of it that a reduce-scatter reaches."""
+    """Share of the link's bandwidth that a reduce-scatter reaches."""
     reduce_share: float = 1.0
-    """Of it that gradients reach under ZeRO 1 and 2, where each rank needs a part of the sum; 0.5: an all-reduce."""
+    """Share of it that gradients reach under ZeRO 1 and 2, where each rank needs a part of the sum; 0.5: an
+    all-reduce."""
     copy_bandwidth: float = inf
     """Bytes a second written into memory that is new to a process, as when gradients are flattened; infinite where that
     is nothing beside the link."""
     hook_seconds: float = 0.0
-    """Of ZeRO 3's hooks around the modules of one layer, in a pass."""
+    """Seconds of ZeRO 3's hooks around the modules of one layer, in a pass."""
 
     @property
     def decode_launch_seconds(self) -> float:
@@ -123,7 +124,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Equal nodes of equal devices; rank r is device r % devices_per_node of node r // devices_per_node."""
+    """Describes equal nodes of equal devices; rank r is device r % devices_per_node of node r // devices_per_node."""
 
     device: Device
     nodes: int
@@ -142,7 +143,7 @@ class Cluster:
 
     @classmethod
     def named(cls, device: str, nodes: int, devices_per_node: int) -> "Cluster":
-        """A cluster of devices in the list. Raises UserError for another name."""
+        """Return a cluster of devices in the list. Raises UserError for another name."""
         if device not in DEVICES:
             raise UserError(f"There is no description of the device '{device}'; choose one of {', '.join(DEVICES)}.")
         return cls(DEVICES[device], nodes, devices_per_node)
@@ -154,7 +155,7 @@ class Cluster:
 
     @property
     def ours(self) -> "Cluster":
-        """Under our runtime: without a controller, and decode steps of GPUs are replayed as CUDA graphs."""
+        """The cluster under our runtime: without a controller, and decode steps of GPUs are replayed as CUDA graphs."""
         without = self.without_controller
         return replace(without, calibration=replace(without.calibration, decode_seconds=REPLAYED_LAYER_SECONDS))
 
@@ -177,11 +178,11 @@ HEADER = "# A machine as measured by `rlhf-chat profile`: bytes, floating-point 
 
 @dataclass(frozen=True)
 class MachineProfile:
-    """One rank of a machine while all of its ranks work, and what a call costs there beside arithmetic."""
+    """Describes one rank of a machine while all of its ranks work, and what a call costs there beside arithmetic."""
 
     device: Device
     ranks: int
-    """That worked at the same time; they share the machine."""
+    """How many ranks worked at the same time; they share the machine."""
     calibration: Calibration
     measured_on: Mapping[str, str]
     """Processor or GPU, threads of a rank, versions."""
@@ -209,7 +210,7 @@ def _number(value: Any) -> Any:
 
 
 def profile_file(ranks: int = 0) -> Path:
-    """Where `rlhf-chat profile` keeps what it measured with so many ranks; 0: the newest one."""
+    """Return the file in which `rlhf-chat profile` stores what it measured with so many ranks; 0: the newest one."""
     return cache_directory() / "hardware" / (f"{THIS_MACHINE}-{ranks}.yaml" if ranks else f"{THIS_MACHINE}.yaml")
 
 
@@ -227,8 +228,8 @@ def read_profile(file: Path) -> MachineProfile:
 
 
 def cluster_here(processes: int, nodes: int, gpus: Sequence[tuple[str, int]]) -> tuple[Cluster, str] | None:
-    """`nodes` machines like this one, each with so many ranks, and where their rates come from: a profile, or the data
-    sheet of the first of `gpus` (name, bytes). None where neither is known."""
+    """Return `nodes` machines like this one, each with so many ranks, and the source of their rates: a profile, or the
+    data sheet of the first of `gpus` (name, bytes). None where neither is known."""
     file = profile_file(processes)
     if file.is_file():
         return replace(read_profile(file).cluster, nodes=nodes), "measured by `rlhf-chat profile`"
@@ -239,7 +240,7 @@ def cluster_here(processes: int, nodes: int, gpus: Sequence[tuple[str, int]]) ->
 
 
 def gpu_named(name: str, memory: int) -> str | None:
-    """The planner's name of a GPU that calls itself `name`."""
+    """Return the planner's name of a GPU that calls itself `name`."""
     if "A100" in name:
         return "a100-80g" if memory > 60 * GIB else "a100-40g"
     return next((device for part, device in GPU_NAMES.items() if part in name), None)

@@ -1,4 +1,4 @@
-"""What the search can choose for each call: meshes, layouts, micro-batches, ZeRO stages, offload.
+"""Options of the search for each call: meshes, layouts, micro-batches, ZeRO stages, offload.
 
 Meshes are aligned power-of-two slices of one node, or consecutive whole nodes. An option that is no better than
 another in seconds and in memory, while meshes and cuts are the same, is left out: the makespan grows with every call's
@@ -15,20 +15,20 @@ from training.hybrid_engine.layout import Layout
 from training.pipelines.orders import Pipelines, devices, mesh_against
 from training.plan import Assignment, Plan
 from training.planner.footprint import Footprints
-from training.planner.fusion.instance import Instance, Pipeline, Slack
+from training.planner.fusion.problem import Pipeline, SchedulingProblem, Slack
 from training.planner.fusion.schedule import serial_1f1b
 from training.planner.hardware import Cluster
 from training.planner.reallocation import AugmentedGraphs
 
 MOST_MICRO_BATCHES = 64
-"""On one data rank, in training and scoring."""
+"""Those of one data rank, in training and scoring."""
 MOST_WAVES = 8
-"""Of generation."""
+"""Waves of samples in generation."""
 
 
 @dataclass(frozen=True)
 class Space:
-    """Limits on what the search may choose. The defaults leave it all that can be costed."""
+    """Limits what the search may choose. The defaults leave it all that can be costed."""
 
     smallest_mesh: int = 1
     """Ranks."""
@@ -37,7 +37,7 @@ class Space:
     free_zero_stage: bool = True
     """If not: 1 in training, which divides optimiser states."""
     most_ranks_of_a_stage: int | None = None
-    """Of a pipeline stage of a call that trains."""
+    """Limit for a pipeline stage of a call that trains."""
     runs: Callable[[Call, Assignment], bool] | None = None
     """Whether a runtime can run a call so; by default all that can be costed is searched."""
 
@@ -47,19 +47,19 @@ EVERYTHING = Space()
 
 @dataclass(frozen=True)
 class Option:
-    """One choice for a call, with its costs. Seconds; bytes on each rank of its mesh."""
+    """Gives one choice for a call with its costs: seconds, and bytes on each rank of its mesh."""
 
     assignment: Assignment
     seconds: float
-    """With loading offloaded weights, which comes right before the call."""
+    """Seconds of the call, with loading offloaded weights right before it."""
     held: int
-    """All through the iteration."""
+    """Bytes held all through the iteration."""
     working: int
-    """While the call runs."""
+    """Bytes held while the call runs."""
     own_held: int
-    """Also all through it, where the call cannot use weights that are trained: of the reference."""
+    """Bytes held all through it too, where the call cannot use weights that are trained: those of the reference."""
     own_working: int
-    """While the call runs, where it cannot: a copy of them."""
+    """Bytes held while the call runs too, where it cannot use them: a copy of them."""
 
     @property
     def alone(self) -> int:
@@ -75,8 +75,8 @@ class Options:
         self.footprints = Footprints(self.workload, self.graph)
 
     def of(self, call: Call) -> list[Option]:
-        """All that fit into a device by themselves, if need be with weights that are trained, mesh by mesh. Raises
-        UserError if none does."""
+        """Return all that fit into a device by themselves, if need be with weights that are trained, mesh by mesh.
+        Raises UserError if none does."""
         by_shape: dict[int, list[Option]] = {}
         result = []
         for mesh in meshes(self.cluster, self.space):
@@ -105,7 +105,7 @@ class Options:
         return [option for options in best.values() for option in options]
 
     def candidates(self, call: Call, mesh: tuple[int, ...]) -> Iterator[Assignment]:
-        """All that `plan.problems` has nothing against, with samples divided evenly and tensor ranks in one node."""
+        """Yield all that `plan_checks.problems` allows, with samples divided evenly and tensor ranks in one node."""
         shape, rows = self.workload.models[call.role].shape, self.workload.rows(call.kind)
         for tensor in _divisors(min(len(mesh), self.cluster.devices_per_node)):
             if len(mesh) % tensor or shape.heads % tensor:
@@ -136,7 +136,7 @@ class Options:
         return (0, 1, 2, 3) if pipeline == 1 else (0, 1)
 
     def _micro_batches(self, call: Call, rows: int, pipeline: int) -> list[tuple[int, int]]:
-        """Numbers of them, and limits: without a pipeline, generation fills slots as samples end."""
+        """Return numbers of them, and limits: without a pipeline, generation fills slots as samples end."""
         one_a_stage = [2 * pipeline if call.kind == "train" and pipeline > 1 else pipeline]
         if not self.space.free_micro_batches:
             counts = one_a_stage
@@ -159,7 +159,7 @@ class Options:
         return Option(assignment, seconds, least, least_working, held - least, working - least_working)
 
     def _bytes(self, call: Call, assignment: Assignment, own_weights: bool) -> tuple[int, int]:
-        """On a device: all through the iteration, and while the call runs."""
+        """Return those on a device: all through the iteration, and while the call runs."""
         parts = self.footprints.parts(call, assignment, own_weights)
         on_device = [part for part in parts if part.location == "device"]
         held = sum(part.bytes for part in on_device if not part.phase)
@@ -167,7 +167,7 @@ class Options:
 
 
 def meshes(cluster: Cluster, space: Space) -> Iterator[tuple[int, ...]]:
-    """Aligned power-of-two slices of each node, whole nodes, and runs of whole nodes."""
+    """Yield aligned power-of-two slices of each node, whole nodes, and runs of whole nodes."""
     per_node = cluster.devices_per_node
     for size in _powers_of_two(per_node - 1):
         if size >= space.smallest_mesh and per_node % size == 0:
@@ -179,12 +179,12 @@ def meshes(cluster: Cluster, space: Space) -> Iterator[tuple[int, ...]]:
 
 
 def _without_dominated(options: list[Option]) -> list[Option]:
-    """Of options with one cut: those that no other beats or equals in seconds and in memory."""
-    kept: list[Option] = []
+    """Return those of options with one cut that no other beats or equals in seconds and in memory."""
+    best: list[Option] = []
     for option in sorted(options, key=_price):
-        if not any(all(a <= b for a, b in zip(_price(k), _price(option), strict=True)) for k in kept):
-            kept.append(option)
-    return kept
+        if not any(all(a <= b for a, b in zip(_price(other), _price(option), strict=True)) for other in best):
+            best.append(option)
+    return best
 
 
 def _price(option: Option) -> tuple[float, int, int]:
@@ -206,17 +206,17 @@ def _powers_of_two(most: int) -> list[int]:
 
 @dataclass(frozen=True)
 class FusedTraining:
-    """All optimiser steps of an iteration, in seconds; what is not in forward and backward passes is left out."""
+    """Gives the seconds of an iteration's optimiser steps, of which only forward and backward passes count."""
 
     serial: float
     """One role after the other, each in the order 1F1B."""
     fused: float
-    """At best."""
+    """Seconds of the best fused schedule."""
 
 
 def turned(plan: Plan, graph: DataflowGraph) -> Plan:
-    """The plan in which the second of two roles that train in stages on the same ranks runs against the first; its
-    calls in the same cut turn with it. The plan itself where there are no two."""
+    """Return the plan in which the second of two roles that train in stages on the same ranks runs against the first;
+    its calls in the same cut turn with it. The plan itself where there are no two."""
     if (both := _together(plan, graph)) is None:
         return plan
     first, second = both
@@ -231,7 +231,7 @@ def turned(plan: Plan, graph: DataflowGraph) -> Plan:
 
 
 def fused_training(plan: Plan, graphs: AugmentedGraphs) -> FusedTraining | None:
-    """None where the plan has no two roles that could train in one schedule, or no memory for both."""
+    """Return None where the plan has no two roles that could train in one schedule, or no memory for both."""
     if (both := _together(plan, graphs.graph)) is None:
         return None
     workload = graphs.costs.workload
@@ -242,11 +242,11 @@ def fused_training(plan: Plan, graphs: AugmentedGraphs) -> FusedTraining | None:
     try:
         devices(roles)
         a, b = (_pipeline(call, plan, graphs) for call in both)
-        instance = Instance(a, b, memory_cap=_room(both, plan, graphs))
+        problem = SchedulingProblem(a, b, memory_cap=_room(both, plan, graphs))
     except ValueError:  # CannotFuse too
         return None
     steps = workload.mini_batches * workload.epochs
-    return FusedTraining(steps * serial_1f1b(instance).makespan, steps * Slack.of(instance).lower_bound())
+    return FusedTraining(steps * serial_1f1b(problem).makespan, steps * Slack.of(problem).lower_bound())
 
 
 def _together(plan: Plan, graph: DataflowGraph) -> tuple[Call, Call] | None:
@@ -262,14 +262,14 @@ def _pipeline(call: Call, plan: Plan, graphs: AugmentedGraphs) -> Pipeline:
     assignment, costs = plan[call.name], graphs.costs
     forward, backward = zip(*costs.micro_batch_by_stage(call, assignment), strict=True)
     runs = assignment.layout.runs(costs.workload.models[call.role].shape.layers)
-    kept = Footprints(costs.workload, graphs.graph).kept
+    footprints = Footprints(costs.workload, graphs.graph)
     micro_batches = costs.workload.micro_batches("train", assignment)
-    activation = tuple(float(kept(call, assignment, layers)) for layers in runs)
-    return Pipeline(assignment.layout.pipeline, micro_batches, forward, backward, activation)
+    activations = tuple(float(footprints.saved_activations(call, assignment, layers)) for layers in runs)
+    return Pipeline(assignment.layout.pipeline, micro_batches, forward, backward, activations)
 
 
 def _room(calls: tuple[Call, Call], plan: Plan, graphs: AugmentedGraphs) -> float:
-    """Bytes for the activations of both roles on the fullest rank."""
+    """Return the bytes for the activations of both roles on the fullest rank."""
     names, cluster = [call.name for call in calls], graphs.costs.cluster
     used = [
         memory.held("device")

@@ -34,20 +34,20 @@ REPEATS, FEW = 7, 3
 SLOW = 2.0
 """Seconds of a program that once is enough for, as products in bf16 on a CPU that only imitates them."""
 COLLECTIVES = 40
-"""In a row, with products between them."""
+"""Collectives in sequence, with products between them."""
 PAD, END = 0, 2
 ROWS, DECODED = 16, 9
 """Samples that decode together, and tokens of each."""
 LAYERS = (4, 20)
-"""Of two stacks: the difference of their seconds is that of the layers between them."""
+"""Layers of two stacks, whose difference in seconds is that of the layers they differ by."""
 FEW_LAYERS = (2, 6)
 """The same where a layer waits for other ranks, or for DeepSpeed."""
 ALL_REDUCE_SHARE = 0.5
-"""Of the link, for a sum of which a rank needs its part: what DeepSpeed's all-reduce under ZeRO 1 and 2 comes to."""
+"""Share of the link that a sum reaches of which a rank needs its part: DeepSpeed's all-reduce under ZeRO 1 and 2."""
 
 
 def measure(ranks: Ranks) -> MachineProfile:
-    """The same on every rank: the slowest one's. Takes about half a minute on two cores."""
+    """Measure, in about half a minute on two cores; all ranks get the profile of the slowest."""
     meter = Meter(ranks)
     rates = meter.matrix_products()
     memory = meter.memory_bandwidth()
@@ -77,7 +77,7 @@ class OneToken:
 
 
 class Meter:
-    """Seconds of small programs on one rank while the others run them too."""
+    """Times small programs on one rank while the others run them too."""
 
     def __init__(self, ranks: Ranks):
         self.ranks, self.device = ranks, ranks.device
@@ -86,7 +86,8 @@ class Meter:
         """How much larger the work on a GPU is."""
 
     def seconds(self, program: Callable[[], Any], repeats: int = REPEATS) -> float:
-        """Median of several calls after two that warm up, or of the first one that is slow, of the slowest rank."""
+        """Return the median of several calls after two that warm up, or of the first that is slow, of the slowest
+        rank."""
         taken = []
         for repeat in range(repeats + 2):
             self.ranks.barrier()
@@ -107,7 +108,7 @@ class Meter:
             torch.cuda.synchronize(self.device)
 
     def matrix_products(self) -> dict[Precision, float]:
-        """Operations a second of a large product, by number format; fp16 where the device has it."""
+        """Return the operations a second of a large product, by number format; fp16 where the device has it."""
         rates: dict[Precision, float] = {}
         formats: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
         if not self.is_cpu:
@@ -121,13 +122,14 @@ class Meter:
         return rates
 
     def memory_bandwidth(self) -> float:
-        """Bytes a second at which a decode step reads weights: one row times a matrix of 128 MiB (1 GiB on a GPU)."""
+        """Return the bytes a second at which a decode step reads weights: a row times a matrix of 128 MiB (1 GiB on a
+        GPU)."""
         weights = torch.ones(8192 * self.scale, 4096, device=self.device)
         row = torch.ones(1, 4096, device=self.device)
         return weights.numel() * weights.element_size() / self.seconds(lambda: row @ weights.T)
 
     def host_bandwidth(self, memory: float) -> float:
-        """Bytes a second from the host's memory; on a CPU that is `memory`."""
+        """Return the bytes a second from the host's memory; on a CPU that is `memory`."""
         if self.is_cpu:
             return memory
         host = torch.ones(2**26, pin_memory=True)
@@ -135,7 +137,7 @@ class Meter:
         return host.numel() * host.element_size() / self.seconds(lambda: there.copy_(host))
 
     def link(self) -> tuple[float, float]:
-        """Seconds of a collective over two ranks; bytes a second that a rank sends in a long one.
+        """Return the seconds of a collective over two ranks; bytes a second that a rank sends in a long one.
 
         A collective stands between products, as in a model: ranks that come from other work wait for each other.
         """
@@ -156,31 +158,32 @@ class Meter:
         return max(0.0, (both - alone) / COLLECTIVES - exchange) / log2(size), bandwidth
 
     def gather_bandwidth(self) -> float:
-        """Bytes a second that a rank sends in an all-gather of 128 MiB, too many for buffers that gloo has."""
+        """Return the bytes a second that a rank sends in an all-gather of 128 MiB, too many for buffers that gloo
+        has."""
         whole, part, sent = self._divided()
         return sent / self.seconds(lambda: dist.all_gather_into_tensor(whole, part), FEW)
 
     def scatter_bandwidth(self) -> float:
-        """Bytes a second that a rank sends in a reduce-scatter of 128 MiB."""
+        """Return the bytes a second that a rank sends in a reduce-scatter of 128 MiB."""
         whole, part, sent = self._divided()
         return sent / self.seconds(lambda: dist.reduce_scatter_tensor(part, whole), FEW)
 
     def _divided(self) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """What all ranks have together, what each has of it, and the bytes of the others."""
+        """Return what all ranks have together, this rank's part of it, and the bytes of the others."""
         part = torch.ones(2**25 // self.ranks.size, device=self.device)
         whole = part.repeat(self.ranks.size)
         return whole, part, (len(whole) - len(part)) * whole.element_size()
 
     def copy_bandwidth(self) -> float:
-        """Bytes a second written into a buffer as DeepSpeed makes it for gradients: so large that the system gives new
-        memory, and clears every page of it first."""
+        """Return the bytes a second written into a buffer as DeepSpeed makes it for gradients: so large that the system
+        gives new memory, and clears every page of it first."""
         many = torch.ones(2**24, device=self.device)
         taken = self.seconds(lambda: torch.empty(2**28, device=self.device)[: len(many)].copy_(many))
         return many.numel() * many.element_size() / taken
 
     def hook_seconds(self, launch: float) -> float:
-        """Of DeepSpeed around one layer, in a forward or a backward pass under ZeRO 3, beside `launch` seconds for its
-        kernels: with weights so small that all ranks keep them whole, it gathers none."""
+        """Return those of DeepSpeed around one layer, in a forward or a backward pass under ZeRO 3, beside `launch`
+        seconds for its kernels: with weights so small that all ranks keep them whole, it gathers none."""
         from training.hybrid_engine.zero_engine import ZeroEngine  # seconds that only this needs
         from training.role_settings import OptimizerSettings
 
@@ -194,20 +197,21 @@ class Meter:
         return max(0.0, one_layer - (1 + BACKWARD) * launch) / 2
 
     def launch_seconds(self) -> float:
-        """Seconds to run one layer on one token, nearly without arithmetic."""
+        """Return the seconds to run one layer on one token, nearly without arithmetic."""
         few, more = (self.stack(layers, hidden=64) for layers in LAYERS)
         ids = torch.ones(1, 1, dtype=torch.long, device=self.device)
         return (self._forward(more, ids) - self._forward(few, ids)) / (LAYERS[1] - LAYERS[0])
 
     def decode_seconds(self) -> float:
-        """To run one layer in a decode step of the engine that generates, nearly without arithmetic; on a GPU its steps
-        are CUDA graphs."""
+        """Return those to run one layer in a decode step of the generation engine, nearly without arithmetic; on a GPU
+        its steps are CUDA graphs."""
         few, more = (self._decode(self.stack(layers, hidden=64, generates=True)) for layers in LAYERS)
         return max(0.0, more - few) / (LAYERS[1] - LAYERS[0]) / (DECODED - 1)
 
     def decode_collective_seconds(self, alone: float) -> float:
-        """Of a collective over two ranks in a decode step of the engine that generates: a tensor-parallel layer takes
-        two of them longer than one `alone`. Ranks that come from many small kernels wait longer for each other."""
+        """Return those of a collective over two ranks in a decode step of the generation engine: a tensor-parallel
+        layer takes two of them longer than one `alone`. Ranks that come from many small kernels wait longer for each
+        other."""
         part = TensorParallel(self.ranks.rank, self.ranks.size, dist.group.WORLD)
         whole = (self.stack(layers, 64 * part.size, generates=True) for layers in FEW_LAYERS)
         few, more = (self._decode(shard(model, part), FEW) for model in whole)
@@ -222,7 +226,7 @@ class Meter:
         )
 
     def compute_share(self, rate: float) -> float:
-        """Of `rate` that a stack of layers reaches, forward, over 2,048 tokens in fp32."""
+        """Return the share of `rate` that a stack of layers reaches, forward, over 2,048 tokens in fp32."""
         hidden = 512 * self.scale
         few, more = (self.stack(layers, hidden) for layers in (2, 6))
         ids = torch.ones(16, 128, dtype=torch.long, device=self.device)
@@ -245,7 +249,7 @@ class Meter:
 
 
 def shard(model: nn.Module, part: TensorParallel) -> nn.Module:
-    """A rank's part of a model, with weights of 0."""
+    """Return a rank's part of a model, with weights of 0."""
     cut, pieces = empty_shard(model, part)
     for piece in pieces:
         nn.init.zeros_(piece.local)

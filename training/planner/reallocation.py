@@ -27,14 +27,15 @@ from training.planner.workload import Model
 
 Array = NDArray[np.float64]
 SETUP_SECONDS = 0.03
-"""To start the broadcasts and to allocate the copy (ReaLHF's estimator takes the same)."""
+"""Seconds to start the broadcasts and to allocate the copy (ReaLHF's estimator takes the same)."""
 KINDS = 7
-"""Of weights: in the layers cut over outputs, cut over inputs, and whole in every tensor-parallel part; tables of the
-vocabulary that the first pipeline stage has, the last one, and both; the final norm, which the last one has whole."""
+"""Kinds of weights: in the layers cut over outputs, cut over inputs, and whole in every tensor-parallel part; tables of
+the vocabulary that the first pipeline stage has, the last one, and both; the final norm, which the last one has
+whole."""
 
 
 def bytes_by_kind(model: Model, value_bytes: int) -> Array:
-    """(KINDS): what moves when the weights have changed. Adapters, where they are trained, are cut over outputs."""
+    """Return (KINDS): what moves when the weights have changed. Adapters, where trained, are cut over outputs."""
     s = model.shape
     if model.lora.rank:
         return np.eye(KINDS)[0] * float(model.trained_parameters * value_bytes)
@@ -51,7 +52,7 @@ def bytes_by_kind(model: Model, value_bytes: int) -> Array:
 
 @dataclass(frozen=True)
 class Holdings:
-    """What ranks, or nodes, hold in a number of cuts."""
+    """Says what ranks, or nodes, hold in a number of cuts."""
 
     bounds: Array
     """(6, cuts, KINDS, ranks): first and last layer, row and column, as shares; all 0 where nothing is held."""
@@ -63,7 +64,7 @@ class Holdings:
         return cls(bounds, (bounds[1::2] - bounds[0::2]).prod(axis=0))
 
     def common(self, cuts: NDArray[np.int64], other: "Holdings", others: NDArray[np.int64]) -> Array:
-        """(pairs, KINDS, ranks): the volumes of what these cuts and cuts `others` of another have in common."""
+        """Return (pairs, KINDS, ranks): the volumes that these cuts and cuts `others` of another have in common."""
         ours, theirs = self.bounds[:, cuts], other.bounds[:, others]
         widths = np.minimum(ours[1::2], theirs[1::2]) - np.maximum(ours[0::2], theirs[0::2])
         return np.maximum(widths, 0.0).prod(axis=0)
@@ -71,7 +72,7 @@ class Holdings:
 
 @dataclass(frozen=True)
 class Shares:
-    """What a cluster holds in a number of cuts of a model."""
+    """Says what a cluster holds in a number of cuts of a model."""
 
     ranks: Holdings
     nodes: Holdings
@@ -81,7 +82,7 @@ class Shares:
 
     @classmethod
     def of(cls, cuts: list[Cut], cluster: Cluster, layers: int) -> "Shares":
-        """`layers` are the model's."""
+        """Find what the ranks and nodes hold. `layers` are the model's."""
         bounds = np.zeros((6, len(cuts), KINDS, cluster.size))
         for index, (mesh, *degrees) in enumerate(cuts):
             bounds[:, index, :, list(mesh)] = boxes(layers, len(mesh), *degrees)
@@ -97,20 +98,20 @@ class Shares:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of a number of reallocations. Axes: pairs, then ranks or nodes."""
+    """Counts the bytes of a number of reallocations. Axes: pairs, then ranks or nodes."""
 
     written: Array
-    """Into the new part of each rank."""
+    """Bytes written into the new part of each rank."""
     received: Array
-    """By each rank, from others."""
+    """Bytes that each rank receives from others."""
     imported: Array
-    """By each node, from others."""
+    """Bytes that each node receives from others."""
 
     @classmethod
     def between(
         cls, source: Shares, sources: NDArray[np.int64], target: Shares, targets: NDArray[np.int64], sizes: Array
     ) -> "Traffic":
-        """Of cut `sources[i]` to cut `targets[i]`, for weights of `sizes` bytes (KINDS); the cuts of a pair differ."""
+        """Count those of cut `sources[i]` to cut `targets[i]`, which differ, for weights of `sizes` bytes (KINDS)."""
         written, wanted_by_nodes = target.ranks.volumes[targets], target.nodes.volumes[targets]
         received = written - source.ranks.common(sources, target.ranks, targets)
         imported = wanted_by_nodes - source.nodes.common(sources, target.nodes, targets)
@@ -125,7 +126,8 @@ def reallocation_seconds(
     sizes: Array,
     cluster: Cluster,
 ) -> Array:
-    """(pairs): of cut `sources[i]` to cut `targets[i]`, which differ, for weights of `sizes` bytes (KINDS)."""
+    """Return those (pairs) of cut `sources[i]` to cut `targets[i]`, which differ, for weights of `sizes` bytes
+    (KINDS)."""
     traffic = Traffic.between(source, sources, target, targets, sizes)
     in_node = traffic.received.max(axis=1) / cluster.device.link_bandwidth
     imported = traffic.imported
@@ -136,7 +138,7 @@ def reallocation_seconds(
 
 
 def seconds_between(source: Cut, target: Cut, sizes: Array, cluster: Cluster, layers: int) -> float:
-    """Of one reallocation of a model of so many layers; 0 only if cut and placement are equal."""
+    """Return those of one reallocation of a model of so many layers; 0 only if cut and placement are equal."""
     if source == target:
         return 0.0
     first = np.zeros(1, dtype=np.int64)
@@ -148,9 +150,10 @@ def seconds_between(source: Cut, target: Cut, sizes: Array, cluster: Cluster, la
 def boxes(
     layers: int, ranks: int, data: int, tensor: int, pipeline: int, divided: bool, runs: tuple[int, ...]
 ) -> Array:
-    """(ranks, 6, KINDS): what each rank of a mesh holds of a model, of weights with a row or column for each part."""
+    """Return (ranks, 6, KINDS): what each rank of a mesh holds of a model, of weights with a row or column for each
+    part."""
     layout = Layout(tuple(range(ranks)), data, tensor, pipeline, 3 if divided else 0, runs)
-    found = np.zeros((ranks, 6, KINDS))
+    held = np.zeros((ranks, 6, KINDS))
     outputs, whole = ((tensor * data,), 0), ((data,), None)
     for kind, (shape, dim) in enumerate((outputs, ((data, tensor), 1), whole, *[outputs] * 3, whole)):
         cut = [None if dim is None else PartOfWeight(dim, even(shape[dim], part, tensor)) for part in range(tensor)]
@@ -161,20 +164,20 @@ def boxes(
             outside = {3: stage.is_first, 4: stage.is_last, 5: stage.is_first or stage.is_last, 6: stage.is_last}
             if outside.get(kind, True):
                 run = (0, 1) if kind in outside else (stage.run.start / layers, stage.run.stop / layers)
-                found[rank, :, kind] = *run, box.top / rows, box.bottom / rows, box.left / columns, box.right / columns
-    return found
+                held[rank, :, kind] = *run, box.top / rows, box.bottom / rows, box.left / columns, box.right / columns
+    return held
 
 
 NodeKind = Literal["call", "reallocation", "transfer", "offload"]
 BYTES_PER_TOKEN = 8
 """Token ids, and log-probabilities, values and scores in fp32, a key."""
 TRANSFER_SECONDS = 0.01
-"""To tell the receivers what comes."""
+"""Seconds to tell the receivers what comes."""
 
 
 @dataclass(frozen=True)
 class After:
-    """A node waits for the end of `name`, of the same iteration or `iterations_back` before."""
+    """Says that a node waits for the end of `name`, of the same iteration or `iterations_back` before."""
 
     name: str
     iterations_back: int = 0
@@ -182,7 +185,7 @@ class After:
 
 @dataclass(frozen=True)
 class Node:
-    """One thing that takes time. While it runs it keeps `ranks` busy."""
+    """Describes one thing that takes time. While it runs it keeps `ranks` busy."""
 
     name: str
     kind: NodeKind
@@ -192,9 +195,9 @@ class Node:
     ranks: frozenset[int]
     after: tuple[After, ...]
     cost: CallCost | None = None
-    """Of a call: what its seconds are spent on."""
+    """What a call's seconds are spent on."""
     source: Layout | None = None
-    """Of a reallocation or a transfer: from where."""
+    """The layout that a reallocation or a transfer starts from."""
 
 
 class AugmentedGraphs:
@@ -207,7 +210,7 @@ class AugmentedGraphs:
         return len(self.graph.calls) * self.costs.calibration.controller_seconds
 
     def nodes(self, plan: Plan) -> tuple[Node, ...]:
-        """In the order in which a rank runs them: that of the calls, each behind what prepares it."""
+        """Return the nodes in the order in which a rank runs them: that of the calls, each after what prepares it."""
         nodes: list[Node] = []
         for call in self.graph.calls:
             nodes += self._nodes_of(call, plan)
@@ -247,11 +250,11 @@ class AugmentedGraphs:
         return [*nodes, Node(call.name, "call", call, cost.seconds, ranks, tuple(waits), cost)]
 
     def transfer_seconds(self, edge: Edge, source: Assignment, target: Assignment) -> float:
-        """0 where every data rank of both calls has the same ranks and so the same samples."""
+        """Return 0 where every data rank of both calls has the same ranks and so the same samples."""
         return 0.0 if source.cut[:4] == target.cut[:4] else self.lag(edge)
 
     def lag(self, edge: Edge) -> float:
-        """Seconds of a transfer between ranks, whichever they are."""
+        """Return the seconds of a transfer between ranks, whichever they are."""
         workload, cluster = self.costs.workload, self.costs.cluster
         size = workload.samples * workload.length * BYTES_PER_TOKEN * len(edge.keys)
         return TRANSFER_SECONDS + size / (cluster.network_bandwidth * ACHIEVED_BANDWIDTH)

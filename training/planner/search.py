@@ -24,19 +24,20 @@ from training.planner.workload import Workload
 CHAINS = 512
 ROUNDS = 12
 STEPS = 300
-"""Of every chain in a round."""
-KEPT = 10
+"""Steps of every chain in a round."""
+MOST_RESULTS = 10
 HOT, COLD = 0.05, 0.001
 """Temperatures at the start and the end of a round: a plan slower by this share is accepted with probability 1/e."""
 SECOND_MOVES = 0.3
 """Share of the proposals that change a second call."""
 DISTINCT = 1e-6
-"""Kept plans differ in seconds by at least this share; others are the same plan on other ranks."""
+"""Results differ in seconds by at least this share; others are the same plan on other ranks."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """A plan that fits, its seconds an iteration, and the share of its usable memory that the fullest rank needs."""
+class PlanResult:
+    """Gives a plan that fits, its seconds an iteration, and the share of its usable memory that the fullest rank
+    needs."""
 
     plan: Plan
     seconds: float
@@ -53,8 +54,8 @@ class Progress:
 
 def search(
     table: PlanTable, seed: int = 0, effort: float = 1.0, progress: Callable[[Progress], bool] | None = None
-) -> list[Found]:
-    """The best plans, best first, at most ten. `effort` multiplies the steps.
+) -> list[PlanResult]:
+    """Return the best plans, best first, at most ten. `effort` multiplies the steps.
 
     `progress` is called after every step; where it returns False the search ends with what it has. Raises UserError
     if no plan fits into the devices.
@@ -63,12 +64,14 @@ def search(
 
 
 class _Search:
+    """Runs the chains of one search."""
+
     def __init__(self, table: PlanTable, seed: int):
         self.table, self.draw = table, np.random.default_rng(seed)
         self.sizes = np.array([len(column.options) for column in table.columns])
-        self.kept = Kept(table)
+        self.best = BestPlans(table)
 
-    def run(self, rounds: int, progress: Callable[[Progress], bool] | None) -> list[Found]:
+    def run(self, rounds: int, progress: Callable[[Progress], bool] | None) -> list[PlanResult]:
         state = self.start()
         energy = self.energy(state)
         for step in range(rounds * STEPS):
@@ -76,13 +79,13 @@ class _Search:
             if of_round == 0 and step:
                 state, energy = self.restart(state, energy)
             self.step(state, energy, HOT * (COLD / HOT) ** (of_round / (STEPS - 1)))
-            if progress is not None and not progress(Progress(step + 1, rounds * STEPS, self.kept.best_seconds)):
-                return self.kept.found()
+            if progress is not None and not progress(Progress(step + 1, rounds * STEPS, self.best.best_seconds)):
+                return self.best.results()
         self.polish()
-        return self.kept.found()
+        return self.best.results()
 
     def start(self) -> Choices:
-        """Every chain at the fastest option of each call, but for the half that starts anywhere."""
+        """Start chains at the fastest option of each call, but for half of them, which start anywhere."""
         fastest = np.array([int(column.seconds.argmin()) for column in self.table.columns])
         state = np.repeat(fastest[:, None], CHAINS, axis=1)
         state[:, ::2] = self.anywhere(CHAINS // 2)
@@ -92,13 +95,13 @@ class _Search:
         return np.stack([self.draw.integers(size, size=count) for size in self.sizes])
 
     def energy(self, choices: Choices) -> Array:
-        """What the chains lower: seconds; far above these, the fullness of plans that do not fit. Notes the best."""
+        """Return what chains lower: seconds; far above these, the fullness of plans that do not fit. Notes the best."""
         seconds, fullness = self.table.evaluate(choices)
-        self.kept.add(choices, seconds, fullness)
+        self.best.add(choices, seconds, fullness)
         return np.where(fullness <= 1, seconds, 1e9 * fullness)
 
     def step(self, state: Choices, energy: Array, temperature: float) -> None:
-        """One Metropolis step of every chain, in place."""
+        """Make one Metropolis step of every chain, in place."""
         proposed = self.propose(state)
         new = self.energy(proposed)
         accepted = np.log(new / energy) < -temperature * np.log(self.draw.random(CHAINS))
@@ -106,12 +109,12 @@ class _Search:
         energy[accepted] = new[accepted]
 
     def propose(self, state: Choices) -> Choices:
-        """One call of each chain to another option, in some chains a second one too."""
+        """Move one call of each chain to another option, in some chains a second one too."""
         result = self.moved(state, np.arange(CHAINS))
         return self.moved(result, np.flatnonzero(self.draw.random(CHAINS) < SECOND_MOVES))
 
     def moved(self, state: Choices, chains: NDArray[np.int64]) -> Choices:
-        """A call of each of `chains` goes to any option, or to one on its own mesh or on that of another call."""
+        """Move a call of each of `chains` to any option, or to one on its own mesh or on that of another call."""
         result, count = state.copy(), len(chains)
         calls = self.draw.integers(len(self.sizes), size=count)
         anchors = np.where(self.draw.random(count) < 0.5, calls, self.draw.integers(len(self.sizes), size=count))
@@ -127,11 +130,11 @@ class _Search:
         return result
 
     def restart(self, state: Choices, energy: Array) -> tuple[Choices, Array]:
-        """The better half of the chains goes on; the others begin at the best plans, or anywhere."""
+        """Let the better half of the chains go on; the others begin at the best plans, or anywhere."""
         order = np.argsort(energy, kind="stable")
         state, energy = state[:, order].copy(), energy[order].copy()
         half, quarter = CHAINS // 2, CHAINS // 4
-        best = self.kept.choices()
+        best = self.best.choices()
         if best.shape[1]:
             state[:, half : half + quarter] = best[:, np.arange(quarter) % best.shape[1]]
         state[:, half + quarter :] = self.anywhere(CHAINS - half - quarter)
@@ -139,12 +142,12 @@ class _Search:
         return state, energy
 
     def polish(self) -> None:
-        """Every single change to each kept plan is tried."""
-        for choice in self.kept.choices().T:
+        """Try every single change to each of the best plans."""
+        for choice in self.best.choices().T:
             self.descend(choice)
 
     def descend(self, choice: NDArray[np.int64]) -> None:
-        """The best change of each call in turn, until none helps."""
+        """Make the best change of each call in turn, until none helps."""
         energy = float(self.energy(choice[:, None])[0])
         improved = True
         while improved:
@@ -158,7 +161,9 @@ class _Search:
                     choice, energy, improved = changed[:, best], float(energies[best]), True
 
 
-class Kept:
+class BestPlans:
+    """Holds the best plans so far, which differ in seconds, best first."""
+
     def __init__(self, table: PlanTable):
         self.table = table
         self.plans: list[tuple[float, float, NDArray[np.int64]]] = []
@@ -168,31 +173,31 @@ class Kept:
         return self.plans[0][0] if self.plans else float("inf")
 
     def add(self, choices: Choices, seconds: Array, fullness: Array) -> None:
-        bound = self.plans[-1][0] if len(self.plans) == KEPT else np.inf
+        bound = self.plans[-1][0] if len(self.plans) == MOST_RESULTS else np.inf
         better = np.flatnonzero((fullness <= 1) & (seconds < bound * (1 - DISTINCT)))
-        for index in better[np.argsort(seconds[better], kind="stable")][: 4 * KEPT]:
+        for index in better[np.argsort(seconds[better], kind="stable")][: 4 * MOST_RESULTS]:
             value = float(seconds[index])
-            if all(abs(value - kept) > DISTINCT * kept for kept, *_ in self.plans):
+            if all(abs(value - known) > DISTINCT * known for known, *_ in self.plans):
                 self.plans.append((value, float(fullness[index]), choices[:, index].copy()))
-        self.plans = sorted(self.plans, key=lambda plan: plan[0])[:KEPT]
+        self.plans = sorted(self.plans, key=lambda plan: plan[0])[:MOST_RESULTS]
 
     def choices(self) -> Choices:
         if not self.plans:
             return np.zeros((len(self.table.columns), 0), dtype=np.int64)
         return np.stack([choice for *_, choice in self.plans], axis=1)
 
-    def found(self) -> list[Found]:
+    def results(self) -> list[PlanResult]:
         if not self.plans:
             cluster = self.table.cluster
             raise UserError(
                 f"No plan fits into {cluster.nodes} x {cluster.devices_per_node} {cluster.device.name}; "
                 f"take more or larger devices, smaller models or fewer samples."
             )
-        return [Found(self.table.plan(choice), seconds, fullness) for seconds, fullness, choice in self.plans]
+        return [PlanResult(self.table.plan(choice), seconds, fullness) for seconds, fullness, choice in self.plans]
 
 
 def megatron_plan(graph: DataflowGraph, cluster: Cluster) -> Plan:
-    """Every call on the whole cluster: tensor-parallel in a node, a pipeline over nodes, frozen roles offloaded.
+    """Run every call on the whole cluster: tensor-parallel in a node, a pipeline over nodes, frozen roles offloaded.
 
     ReaLHF's baseline ("heuristic"): 2 x stages micro-batches in training, else one a stage.
     """
@@ -207,7 +212,8 @@ def megatron_plan(graph: DataflowGraph, cluster: Cluster) -> Plan:
 
 
 def deepspeed_chat_plan(graph: DataflowGraph, workload: Workload, cluster: Cluster) -> Plan:
-    """Every call on all ranks, weights divided by ZeRO 3, generation tensor-parallel in the smallest groups that fit.
+    """Run every call on all ranks, weights divided by ZeRO 3, generation tensor-parallel in the smallest groups that
+    fit.
 
     Micro-batches are as large as memory allows. Raises UserError where no such plan fits.
     """
@@ -232,7 +238,7 @@ def deepspeed_chat_plan(graph: DataflowGraph, workload: Workload, cluster: Clust
 
 
 def _with_largest_micro_batches(plan: Plan, graph: DataflowGraph, workload: Workload, cluster: Cluster) -> Plan | None:
-    """None where a call does not fit even sample by sample, or leaves ranks without a sample."""
+    """Return None where a call does not fit even sample by sample, or leaves ranks without a sample."""
     footprints = Footprints(workload, graph)
     held = max(memory.held("device") for memory in footprints.by_rank(plan).values())
     chosen = {}
@@ -254,12 +260,12 @@ def _with_largest_micro_batches(plan: Plan, graph: DataflowGraph, workload: Work
 class Estimate:
     plan: Plan
     nodes: tuple[Node, ...]
-    """Of the augmented graph; a call's carry their cost part by part."""
+    """Those of the augmented graph; calls have their cost part by part."""
     schedule: Schedule
     controller_seconds: float
-    """Of an iteration, in which no device works."""
+    """Seconds of an iteration in which no device works."""
     memory: dict[int, StepMemory]
-    """By rank."""
+    """The memory of each rank."""
 
     @property
     def iteration_seconds(self) -> float:
@@ -271,7 +277,7 @@ class Estimate:
 
 
 def estimate(plan: Plan, graphs: AugmentedGraphs) -> Estimate:
-    """Raises UserError where the plan cannot run. Whether it fits is for `Footprints.require_fit` to say."""
+    """Estimate a plan. Raises UserError where it cannot run; `Footprints.require_fit` says whether it fits."""
     workload = graphs.costs.workload
     require_valid(plan, graphs.graph, workload, graphs.costs.cluster.size)
     nodes = graphs.nodes(plan)

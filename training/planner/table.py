@@ -53,7 +53,7 @@ class Schedule:
 
 
 def list_schedule(nodes: Sequence[Node], iterations: int = ITERATIONS) -> Schedule:
-    """`nodes` in order, iteration after iteration."""
+    """Schedule `nodes` in order, iteration after iteration."""
     overlapping = {node.name: [other.name for other in nodes if node.ranks & other.ranks] for node in nodes}
     ends: dict[tuple[str, int], float] = {}
     last_end = dict.fromkeys(overlapping, 0.0)
@@ -86,7 +86,7 @@ class Numbers(dict[Hashable, int]):
 
 @dataclass(frozen=True)
 class Column:
-    """The options of one call, sorted by mesh; arrays are (options + 1) where nothing else is said."""
+    """Holds the options of one call, sorted by mesh; arrays are (options + 1) where nothing else is said."""
 
     options: list[Option]
     seconds: Array
@@ -105,7 +105,8 @@ class Column:
 
 @dataclass(frozen=True)
 class Use:
-    """A call that uses trained weights, and the reallocation before it. Calls are places in the graph."""
+    """Says which call uses trained weights, and what the reallocation before it moves. Calls are their indices in the
+    graph."""
 
     call: int
     training: int
@@ -154,7 +155,7 @@ class PlanTable:
 
     @property
     def space(self) -> int:
-        """How many plans there are, whether they fit or not."""
+        """The number of plans, whether they fit or not."""
         result = 1
         for column in self.columns:
             result *= len(column.options)
@@ -165,7 +166,8 @@ class PlanTable:
         return Plan({call.name: column.options[number].assignment for call, column, number in picked})
 
     def evaluate(self, choices: Choices) -> tuple[Array, Array]:
-        """Seconds of an iteration, and the share of its usable memory that the fullest rank needs: (plans) each."""
+        """Return the seconds of an iteration, and the share of its usable memory that the fullest rank needs: (plans)
+        each."""
         cut = np.stack([column.cut[choices[i]] for i, column in enumerate(self.columns)])
         moves = [self._moves(use, cut) for use in self.uses]
         return self._seconds(choices, moves), self._fullness(choices, cut)
@@ -193,7 +195,8 @@ class PlanTable:
         return ends.max(axis=0) / ITERATIONS + self.controller_seconds
 
     def _shared_ranks(self, choices: Choices) -> list[Array]:
-        """For each call, then each reallocation: 1 where it keeps ranks busy that the others do. (things, plans) each.
+        """Return, for each call, then each reallocation, 1 where it keeps ranks busy that the others do: (things,
+        plans) each.
 
         A reallocation is on the mesh of its call and on that of the training.
         """
@@ -205,13 +208,13 @@ class PlanTable:
         return list(np.concatenate(columns, axis=1))
 
     def _lags(self, choices: Choices) -> list[Array]:
-        """Seconds of the transfer along each data edge: (plans) each."""
+        """Return the seconds of the transfer along each data edge: (plans) each."""
         layout = [column.layout[choices[i]] for i, column in enumerate(self.columns)]
-        found = []
+        lags = []
         for producer, consumer, lag in self.data_edges:
             a, b = layout[producer], layout[consumer]
-            found.append(lag * ((a != b) & (a != UNDECIDED) & (b != UNDECIDED)))
-        return found
+            lags.append(lag * ((a != b) & (a != UNDECIDED) & (b != UNDECIDED)))
+        return lags
 
     def _fullness(self, choices: Choices, cut: NDArray[np.int64]) -> Array:
         held, most = 0.0, 0.0
@@ -225,28 +228,30 @@ class PlanTable:
         return np.max(held + most, axis=1)
 
     def _moves(self, use: Use, cut: NDArray[np.int64]) -> Array:
-        """Seconds of the reallocation before a call: (plans)."""
+        """Return the seconds of the reallocation before a call: (plans)."""
         source, target = cut[use.training], cut[use.call]
         seconds = use.known[source, target]
         if np.isnan(seconds).any():
-            pairs = np.unique(np.stack([source, target])[:, np.isnan(seconds)], axis=1)
-            found = reallocation_seconds(use.source, pairs[0], use.target, pairs[1], use.sizes, self.cluster)
-            use.known[pairs[0], pairs[1]] = found
+            sources, targets = np.unique(np.stack([source, target])[:, np.isnan(seconds)], axis=1)
+            use.known[sources, targets] = reallocation_seconds(
+                use.source, sources, use.target, targets, use.sizes, self.cluster
+            )
             seconds = use.known[source, target]
         for call, apart in use.earlier:
             seconds = seconds * apart[cut[call], target]
         return seconds
 
     def _use(self, call: int, training: int, workload: Workload) -> Use:
-        model = workload.models[self.graph.calls[call].role]
+        role = self.graph.calls[call].role
+        model = workload.models[role]
         source, target = (Shares.of(self.columns[i].cuts, self.cluster, model.shape.layers) for i in (training, call))
         known = np.where(self._apart(call, training), np.nan, 0.0)
-        uses = [i for i, each in enumerate(self.graph.calls) if each.role == self.graph.calls[call].role]
+        uses = [i for i, user in enumerate(self.graph.calls) if user.role == role]
         earlier = tuple((i, self._apart(call, i)) for i in uses if i < call)
         return Use(call, training, bytes_by_kind(model, workload.value_bytes), source, target, known, earlier)
 
     def _apart(self, call: int, other: int) -> NDArray[np.bool_]:
-        """(cuts of the other + 1, cuts of the call + 1): whether they are decided and differ."""
+        """Return (cuts of the other + 1, cuts of the call + 1): whether they are decided and differ."""
         source, target = self.columns[other].cuts, self.columns[call].cuts
         apart = np.ones((len(source) + 1, len(target) + 1), dtype=bool)
         apart[UNDECIDED], apart[:, UNDECIDED] = False, False

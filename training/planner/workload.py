@@ -1,4 +1,4 @@
-"""What one iteration computes: the models of the roles, the samples and their lengths."""
+"""Workload of one iteration: the models of the roles, the samples and their lengths."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ SCORERS = ("critic", "reward")
 
 @dataclass(frozen=True)
 class Model:
-    """The shape of one role's model, whether it gives a distribution over the vocabulary, and its adapters."""
+    """Describes one role's model: its shape, whether it gives a distribution over the vocabulary, and its adapters."""
 
     shape: Shape
     has_vocabulary_head: bool
@@ -52,11 +52,11 @@ class Model:
 
     @cached_property
     def layer_activations(self) -> int:
-        """Numbers that a layer keeps of one token for its backward pass."""
+        """Numbers that a layer saves of one token for its backward pass."""
         return self.shape.activation_values(1, checkpointing=False) // self.shape.layers
 
     def stages(self, layout: Layout) -> "tuple[Model, ...]":
-        """The models that its pipeline stages hold."""
+        """Return the models that its pipeline stages hold."""
         if layout.pipeline == 1:
             return (self,)
         runs = layout.runs(self.shape.layers)
@@ -76,7 +76,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Workload:
-    """One iteration. Lengths are means in tokens; decoding lasts as long as the longest response."""
+    """Describes one iteration. Lengths are means in tokens; decoding lasts as long as the longest response."""
 
     models: Mapping[str, Model]
     samples: int
@@ -108,7 +108,7 @@ class Workload:
         generation_batch: int = 0,
         own_reference: bool = False,
     ) -> "Workload":
-        """`shapes` and `lora` are by role; a longest response of 0 means that all are equally long."""
+        """Make one. `shapes` and `lora` are by role; a longest response of 0 means that all are equally long."""
         models = {
             role: Model(shape, role not in SCORERS, lora.get(role, LoRASettings())) for role, shape in shapes.items()
         }
@@ -139,11 +139,11 @@ class Workload:
         return BYTES[self.precision]
 
     def rows(self, kind: str) -> int:
-        """Samples that one pass of a call of this kind takes together."""
+        """Return the samples that one pass of a call of this kind takes together."""
         return self.mini_batch_samples if kind == "train" else self.samples
 
     def rows_together(self, kind: str, assignment: Assignment) -> int:
-        """Samples of a micro-batch of means, or those that a pipeline stage decodes in one step."""
+        """Return the samples of a micro-batch of mean lengths, or those that a pipeline stage decodes in one step."""
         most, limit = -(-self.rows(kind) // assignment.layout.data), assignment.micro_batch_limit
         if not limit:
             return -(-most // assignment.micro_batches)

@@ -35,8 +35,7 @@ KINDS = {"good": True, "bad": False}
 
 @dataclass(frozen=True)
 class LabelledAnswer(TokenPair):
-    """An answer as `chosen`; `rejected` is a wrong answer to its prompt, the next answer of its batch, empty where
-    there is no batch yet."""
+    """An answer as `chosen`; `rejected` is the next answer of its batch, a wrong one, or empty without a batch."""
 
     is_good: bool = True
 
@@ -82,8 +81,7 @@ def in_batches(answers: list[LabelledAnswer], stage: Stage, total: int) -> list[
 
 
 def beside_next(batch: list[LabelledAnswer]) -> list[LabelledAnswer]:
-    """Set each answer beside the next one, the last beside the first: the mismatch of section 4.1 (arXiv
-    2402.01306)."""
+    """Set each answer beside the next, the last beside the first: the mismatch of arXiv 2402.01306, section 4.1."""
     return [replace(answer, rejected=other.chosen) for answer, other in zip(batch, batch[1:] + batch[:1], strict=True)]
 
 
@@ -294,8 +292,7 @@ class DPOTask(Task):
         return {HELD_OUT[name]: value / len(held_out) for name, value in ranks.sum_values(sums).items()}
 
     def _losses(self, name: str, rows: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum the loss of pairs of a set, with sums of accuracy, margin, rewards and log-probabilities; of a prompt the
-        means of its pairs."""
+        """Sum the loss of pairs of a set, and statistics of them; by prompt, the means of its pairs."""
         groups, device = [self.groups[name][row] for row in rows], self.stage.ranks.device
         logprobs = response_logprobs(self.engine, [[self.pairs[name][i] for i in group] for group in groups], device)
         indices = [i for group in groups for i in group]

@@ -12,7 +12,7 @@ from inference.chat_format import ChatFormat
 from training.data.batching import TokenBatch, plan_micro_batches
 from training.data.token_cache import TokenPair, answers_of, grouped, tokens_of
 from training.hybrid_engine.deepspeed_setup import loads
-from training.hybrid_engine.kept_weights import freeze
+from training.hybrid_engine.stored_weights import freeze
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.metrics import Display
 from training.models.loading import load_causal_lm

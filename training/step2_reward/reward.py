@@ -92,8 +92,7 @@ class RewardTask(Task):
         return len(rows)
 
     def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum the loss of the pairs, with how many are ranked right, and their margins; of a prompt the means over its
-        pairs."""
+        """Sum the loss of the pairs, pairs ranked right, and margins; by prompt, the means over its pairs."""
         groups = self._pairs(rows)
         chosen, rejected = self._scores(groups)
         shares, margin = shares_of(groups, chosen.device), (chosen - rejected).detach()
@@ -134,8 +133,7 @@ class RewardTask(Task):
         return {"score_shift": float(scores.mean()), "score_scale": max(float(scores.std(correction=0)), 1e-6)}
 
     def last_scores(self) -> Tensor:
-        """Return the scores of the held-out pairs: those of the last evaluation, or of one now in a run that goes on
-        after its end."""
+        """Return the held-out pairs' scores in the last evaluation, or now in a run that goes on after its end."""
         if self.held_out_scores is None:
             self.held_out_scores = self.scores(self.held_out)
         return self.held_out_scores

@@ -33,21 +33,21 @@ CANDIDATES = {
     ),
     torch.float32: (Exactness(8, 8, 16, 128, blocked=False), Exactness(8, 8, 64, 128, blocked=False)),
 }
-"""What is tried, the cheapest first. A vector of a processor holds up to 32 numbers: where keys do not fill the last
-one, softmax and products add in another order."""
+"""Those that are tried, the cheapest first. A vector of a processor holds up to 32 numbers: where keys do not fill the
+last one, softmax and products add in another order."""
 TENSOR_PARALLEL = "the ranks that generate together add up their parts of a sum, and training adds it up whole"
 LAYERS = 2
 PROMPTS = (70, 70, 41, 17, 6, 3, 2, 1)
 """Tokens; the first two are the same."""
 DECODED = 8
-PLACES = 256
-"""Queries that are tried one by one in attention as long as the run's."""
+QUERIES = 256
+"""Those that are tried one by one in attention as long as the run's."""
 
 
 def settle_exactness(stage: Stage, actor: Path) -> Exactness | None:
-    """How the run makes training equal to generation; None where it leaves them a rounding apart. All ranks call it.
+    """Return how the run makes training equal to generation; None where it leaves them a rounding apart.
 
-    Raises UserError where it is asked for and cannot be.
+    All ranks call it. Raises UserError where equality is asked for and impossible.
     """
     settings, device = stage.config.rlhf, stage.ranks.device
     if not expects_exactness(settings, stage.dtype, device):
@@ -73,20 +73,20 @@ def settle_exactness(stage: Stage, actor: Path) -> Exactness | None:
 def find_exactness(
     model: PreTrainedModel, lora: LoRASettings | None, dtype: torch.dtype, longest: int, ranks: Ranks
 ) -> Exactness | None:
-    """What makes decoding, prefill, scoring and training agree to the bit on the processors of all ranks; None where
-    nothing known does. Tried with random weights on the first layers of the model's shape, and with attention over
-    `longest` tokens; `model` itself is left alone. All ranks call it."""
+    """Find what makes decoding, prefill, scoring and training agree to the bit on the processors of all ranks; None
+    where nothing known does. Tried with random weights on the first layers of the model's shape, and with attention
+    over `longest` tokens; `model` itself is left alone. All ranks call it."""
     candidates = CANDIDATES.get(dtype, ()) if ranks.device.type == "cpu" and can_pack(model) else ()
     if not candidates:
         return None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         shape = first_layers(model, lora, dtype)
-        return next((each for each in candidates if all(ranks.gather(agrees(shape, each, longest)))), None)
+        return next((exact for exact in candidates if all(ranks.gather(agrees(shape, exact, longest)))), None)
 
 
 def first_layers(model: PreTrainedModel, lora: LoRASettings | None, dtype: torch.dtype) -> PreTrainedModel:
-    """A small model of the same family and sizes, with adapters that are not 0."""
+    """Make a small model of the same family and sizes, with adapters that are not 0."""
     config: PreTrainedConfig = copy.deepcopy(model.config)
     keep_layers(config, min(LAYERS, text_config(config).num_hidden_layers))
     with quiet_transformers():
@@ -101,8 +101,8 @@ def first_layers(model: PreTrainedModel, lora: LoRASettings | None, dtype: torch
 
 
 def agrees(model: PreTrainedModel, exact: Exactness, longest: int) -> bool:
-    """Whether all passes give the same bits: prefill, decoding in batches that change, and training's forward pass over
-    samples that begin alike, over some of like length and over all."""
+    """Try whether all passes give the same bits: prefill, decoding in batches that change, and training's forward pass
+    over samples that begin alike, over some of like length and over all."""
     most = min(longest, longest_text(model.config) or longest)
     steps = min(DECODED, most // 2)
     lengths = [min(length, most - steps) for length in PROMPTS]
@@ -110,30 +110,30 @@ def agrees(model: PreTrainedModel, exact: Exactness, longest: int) -> bool:
     rows[1][: lengths[1]] = rows[0][: lengths[0]]
     cache = KVCache(len(rows), exact.seen(max(lengths) + steps), exact=exact)
     passes = PackedPasses(model, cache, exact)
-    found: dict[tuple[int, int], Tensor] = {}
+    generated: dict[tuple[int, int], Tensor] = {}  # (slot, step) -> logits
     weights = BlockedWeights(model).in_use() if exact.blocked else nullcontext()
     with torch.inference_mode(), weights:
-        for places in ([0], range(1, len(rows))):
-            prompts = [rows[place][: lengths[place]] for place in places]
-            found |= zip([(place, 0) for place in places], passes.prefill(prompts, list(places)), strict=True)
+        for slots in ([0], range(1, len(rows))):
+            prompts = [rows[slot][: lengths[slot]] for slot in slots]
+            generated |= zip([(slot, 0) for slot in slots], passes.prefill(prompts, list(slots)), strict=True)
         for step in range(steps):
-            places = range(max(1, len(rows) - step))
-            tokens = torch.stack([rows[place][lengths[place] + step] for place in places])
-            logits = passes.decode(tokens, [lengths[place] + step for place in places])
-            found |= zip([(place, step + 1) for place in places], logits, strict=True)
+            slots = range(max(1, len(rows) - step))
+            tokens = torch.stack([rows[slot][lengths[slot] + step] for slot in slots])
+            logits = passes.decode(tokens, [lengths[slot] + step for slot in slots])
+            generated |= zip([(slot, step + 1) for slot in slots], logits, strict=True)
     for count in (2, len(rows)):
         batch = TokenBatch.of([(row[:1], row[1:]) for row in rows[:count]], torch.device("cpu"))
-        starts = [sum(batch.lengths[:place]) + lengths[place] - 1 for place in range(count)]
-        decoded = {name: logits for name, logits in found.items() if name[0] < count}
-        at = torch.tensor([starts[place] + step for place, step in decoded])
+        starts = [sum(batch.lengths[:slot]) + lengths[slot] - 1 for slot in range(count)]
+        decoded = {key: logits for key, logits in generated.items() if key[0] < count}
+        at = torch.tensor([starts[slot] + step for slot, step in decoded])
         if not torch.equal(torch.stack(list(decoded.values())), call_on_tokens(model, batch, at, exact)):
             return False
     return attention_agrees(cache, text_config(model.config).num_attention_heads, exact, longest)
 
 
 def attention_agrees(cache: KVCache, heads: int, exact: Exactness, longest: int) -> bool:
-    """Whether single queries, over as many keys as they see and over as many as there are, give what whole sequences
-    give; key heads are those that filled `cache`."""
+    """Try whether single queries, over as many keys as they see and over all of them, give what whole sequences give;
+    key heads are those that filled `cache`."""
     keys = next(iter(cache.keys.values()))
     groups, head, dtype = keys.shape[1], keys.shape[-1], keys.dtype
     sharing = heads // groups
@@ -143,11 +143,12 @@ def attention_agrees(cache: KVCache, heads: int, exact: Exactness, longest: int)
     key[:, :, length:], value[:, :, length:] = 0, 0
     scale = head**-0.5
     whole = CausalAttention.apply(query, key[:, :, :length], value[:, :, :length], scale, None, exact)
-    for place in torch.randint(length, (PLACES,)).tolist():
-        for seen in (exact.seen(place + 1), exact.seen(length)):
+    for position in torch.randint(length, (QUERIES,)).tolist():
+        one_query = query[..., position, :] * scale
+        for seen in (exact.seen(position + 1), exact.seen(length)):
             mask = torch.zeros(seen, dtype=dtype)
-            mask[place + 1 :] = -torch.inf
-            alone = plain_attention(query[..., place, :] * scale, key[:, :, :seen], value[:, :, :seen], mask, exact)
-            if not torch.equal(alone, whole[..., place, :]):
+            mask[position + 1 :] = -torch.inf
+            alone = plain_attention(one_query, key[:, :, :seen], value[:, :, :seen], mask, exact)
+            if not torch.equal(alone, whole[..., position, :]):
                 return False
     return True

@@ -21,9 +21,9 @@ ROUNDING = 1e-5
 
 @dataclass(frozen=True)
 class Experience:
-    """One sample with everything PPO needs of it; tensors on the CPU, (response tokens) unless said otherwise.
+    """Holds one sample with all that PPO needs of it; tensors on the CPU, (response tokens) unless said otherwise.
 
-    What is learnt of it later comes as a copy (`dataclasses.replace`).
+    What is added later makes a copy (`dataclasses.replace`).
     """
 
     index: int
@@ -32,15 +32,16 @@ class Experience:
     generation_logprobs: Tensor
     ended: bool
     logprobs: Tensor
-    """Of the policy that generated it: the `old` ones of PPO."""
+    """Those of the policy that generated it: the `old` ones of PPO."""
     reference_logprobs: Tensor
     values: Tensor
     score: float
-    """Of the reward model; once the other sources are asked, what PPO raises (training.rewards). No penalty in it."""
+    """That of the reward model; once the other sources are asked, what PPO raises (training.rewards). No penalty in
+    it."""
 
     @classmethod
     def of(cls, sample: Sample) -> "Experience":
-        nothing = torch.zeros(len(sample.response_ids))
+        zeros = torch.zeros(len(sample.response_ids))
         return cls(
             index=sample.index,
             prompt=sample.prompt_ids,
@@ -48,8 +49,8 @@ class Experience:
             generation_logprobs=torch.tensor(sample.logprobs),
             ended=sample.ended,
             logprobs=torch.tensor(sample.logprobs),
-            reference_logprobs=nothing,
-            values=nothing.clone(),
+            reference_logprobs=zeros,
+            values=zeros.clone(),
             score=0.0,
         )
 
@@ -60,13 +61,13 @@ class Experience:
 
 
 def token_batch(experience: list[Experience], device: torch.device) -> TokenBatch:
-    """Prompts and responses as the models read them."""
+    """Return prompts and responses as the models read them."""
     return TokenBatch.of([(e.prompt, e.response) for e in experience], device)
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What the losses of one iteration aim at; (samples, tokens) each, response tokens flush left."""
+    """Holds what the losses of one iteration aim at; (samples, tokens) each, response tokens flush left."""
 
     mask: Tensor
     logprobs: Tensor
@@ -78,11 +79,11 @@ class Targets:
     returns: Tensor
     """What the critic aims at; of no use without one."""
     lengths: list[int]
-    """Of the responses in tokens."""
+    """Response tokens of the samples."""
 
     @classmethod
     def of(cls, experience: list[Experience], settings: RLHFSettings, kl_coefficient: float) -> "Targets":
-        """KL penalty, score, advantages, whitening: over the whole batch, which every rank holds."""
+        """Compute KL penalty, score, advantages and whitening over the whole batch, which every rank holds."""
         logprobs = pad([e.logprobs for e in experience])
         reference = pad([e.reference_logprobs for e in experience])
         values = pad([e.values for e in experience])
@@ -101,7 +102,7 @@ class Targets:
         return cls(mask, logprobs, reference, values, score, penalty.sum(1), advantages, returns, lengths)
 
     def of_tokens(self, rows: list[int], device: torch.device) -> "TokenTargets":
-        """Those of some samples, token by token."""
+        """Return those of some samples, token by token."""
 
         def flat(padded: Tensor) -> Tensor:
             return torch.cat([padded[row, : self.lengths[row]] for row in rows]).to(device, non_blocking=True)
@@ -115,7 +116,7 @@ class Targets:
         )
 
     def metrics(self, experience: list[Experience], settings: RLHFSettings, kl_coefficient: float) -> dict[str, float]:
-        """Metrics of the rollout, by the names that users of such trainers know."""
+        """Return the metrics of the rollout, by the names that users of such trainers know."""
         lengths = torch.tensor([float(len(e.response)) for e in experience])
         metrics = {
             "reward/scaled_std": float(torch.tensor([e.score for e in experience]).std(correction=0)),
@@ -127,10 +128,11 @@ class Targets:
             "response/ended_fraction": sum(e.ended for e in experience) / len(experience),
         }
         if settings.has_reference:
+            k1 = ppo_math.kl_k1(self.logprobs, self.reference_logprobs)
             k3 = ppo_math.kl_k3(self.logprobs, self.reference_logprobs) * self.mask
             metrics |= {
                 "kl/reference": float(k3.sum(1).mean()),
-                "kl/reference_k1": float(self.sequence_kl().mean()),
+                "kl/reference_k1": float((k1 * self.mask).sum(1).mean()),
                 "kl/reference_per_token": float(ppo_math.masked_mean(k3, self.mask)),
                 "kl/coefficient": kl_coefficient,
             }
@@ -147,14 +149,10 @@ class Targets:
             metrics["reward/groups_alike"] = float((apart <= ROUNDING * by_prompt.abs().max()).float().mean())
         return metrics
 
-    def sequence_kl(self) -> Tensor:
-        """k1 summed over each response; (samples)."""
-        return (ppo_math.kl_k1(self.logprobs, self.reference_logprobs) * self.mask).sum(1)
-
 
 @dataclass(frozen=True)
 class TokenTargets:
-    """The targets of some samples, one behind the other; (response tokens) each."""
+    """Holds the targets of some samples, one behind the other; (response tokens) each."""
 
     logprobs: Tensor
     reference_logprobs: Tensor
@@ -164,7 +162,7 @@ class TokenTargets:
 
 
 def score_metrics(raw: list[float], experience: list[Experience]) -> dict[str, float]:
-    """Of the scores as their sources gave them, neither normalised nor clipped."""
+    """Return the metrics of the scores as their sources gave them, neither normalised nor clipped."""
     scores = torch.tensor(raw)
     return {
         "reward/score_mean": float(scores.mean()),
@@ -178,12 +176,12 @@ def score_metrics(raw: list[float], experience: list[Experience]) -> dict[str, f
 
 
 def total_score(experience: Experience, settings: RLHFSettings) -> float:
-    """The score, less the penalty for a response that did not end."""
+    """Return the score, less the penalty for a response that did not end."""
     return experience.score - (0.0 if experience.ended else settings.missing_end_penalty)
 
 
 def pad(rows: list[Tensor]) -> Tensor:
-    """(length) float rows -> (rows, longest), zeros on the right."""
+    """Pad (length) float rows to (rows, longest), with zeros on the right."""
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
@@ -195,54 +193,54 @@ PER_SAMPLE = 4
 def gather_experience(
     ranks: Ranks, ours: list[Experience], prompts: Sequence[Tensor], numbers: Sequence[str]
 ) -> list[Experience]:
-    """Samples of all ranks, in order. `numbers` are the keys of a number a token that they have; others are made anew
-    from these. `prompts` are those of all samples, by index."""
+    """Return the samples of all ranks, in order. `numbers` are the keys of a number a token that they have; the others
+    are made from these. `prompts` are those of all samples, by index."""
     if ranks.size == 1:
         return in_order(ours)
-    found: list[Experience] = []
+    gathered: list[Experience] = []
     for words in ranks.gather_flat(pack(ours, numbers, with_tokens=True), "the samples of an iteration"):
         index, ended, lengths, scores, tokens = unpack(words, 1 + len(numbers))
         ids, *rows = [tokens[0].long().split(lengths), *(row.view(torch.float32).split(lengths) for row in tokens[1:])]
         zeros = torch.zeros(sum(lengths)).split(lengths)
-        for place, prompt in enumerate(prompts[i] for i in index):
-            of_token = {name: row[place] for name, row in zip(numbers, rows, strict=True)}
+        for i in range(len(index)):
+            of_token = {name: row[i] for name, row in zip(numbers, rows, strict=True)}
             generated = of_token["generation_logprobs"]
-            found.append(
+            gathered.append(
                 Experience(
-                    index[place],
-                    prompt,
-                    ids[place],
+                    index[i],
+                    prompts[index[i]],
+                    ids[i],
                     generated,
-                    bool(ended[place]),
+                    bool(ended[i]),
                     of_token.get("logprobs", generated),
-                    of_token.get("reference_logprobs", zeros[place]),
-                    of_token.get("values", zeros[place]),
-                    scores[place],
+                    of_token.get("reference_logprobs", zeros[i]),
+                    of_token.get("values", zeros[i]),
+                    scores[i],
                 )
             )
-    return in_order(found)
+    return in_order(gathered)
 
 
 def gather_scores(
     ranks: Ranks, ours: list[Experience], experience: list[Experience], numbers: Sequence[str]
 ) -> list[Experience]:
-    """`experience`, which every rank has in order, with the `numbers` that ranks have found for `ours`: `scores`, one
-    a sample, and the keys of such a token."""
+    """Return `experience`, which every rank has in order, with the `numbers` that ranks have for `ours`: `scores`, one
+    a sample, and the keys of a number a token."""
     of_tokens, with_scores = [name for name in numbers if name != "scores"], "scores" in numbers
     scored = list(experience)
     for words in ranks.gather_flat(pack(ours, of_tokens, with_tokens=False), "the scores of an iteration"):
         index, _, lengths, scores, tokens = unpack(words, len(of_tokens))
         rows = [row.view(torch.float32).split(lengths) for row in tokens]
-        for place, i in enumerate(index):
-            found: dict[str, Any] = {name: row[place] for name, row in zip(of_tokens, rows, strict=True)}
+        for i, sample in enumerate(index):
+            values: dict[str, Any] = {name: row[i] for name, row in zip(of_tokens, rows, strict=True)}
             if with_scores:
-                found["score"] = scores[place]
-            scored[i] = replace(experience[i], **found)
+                values["score"] = scores[i]
+            scored[sample] = replace(experience[sample], **values)
     return scored
 
 
 def pack(ours: list[Experience], numbers: Sequence[str], with_tokens: bool) -> Tensor:
-    """How many samples; PER_SAMPLE words of each, key by key; response ids if wanted; each of the `numbers`."""
+    """Pack the number of samples; PER_SAMPLE words of each, key by key; response ids if wanted; the `numbers`."""
     counted = torch.tensor(
         [[e.index for e in ours], [e.ended for e in ours], [len(e.response) for e in ours]], dtype=WORDS
     )
@@ -255,7 +253,7 @@ def pack(ours: list[Experience], numbers: Sequence[str], with_tokens: bool) -> T
 
 
 def unpack(words: Tensor, rows: int) -> tuple[list[int], list[int], list[int], list[float], Tensor]:
-    """Index, ended, tokens and score of each sample; words of all tokens (rows, tokens)."""
+    """Return index, ended, tokens and score of each sample, and the words of all tokens (rows, tokens)."""
     samples = int(words[0])
     head = 1 + PER_SAMPLE * samples
     of_samples = words[1:head].view(PER_SAMPLE, samples)

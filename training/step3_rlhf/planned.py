@@ -21,8 +21,8 @@ from training.shape import Shape
 
 
 def expects_exactness(settings: RLHFSettings, dtype: torch.dtype, device: torch.device, degree: int = 0) -> bool:
-    """Whether a run tries for it: everywhere if it is asked for, else where it costs nothing, in bf16 on a CPU that
-    multiplies it. So many ranks generate together; 0: as many as the settings say."""
+    """Whether a run tries to be exact: everywhere if asked to, else where it costs nothing, in bf16 on a CPU that
+    multiplies it. `degree` ranks generate together; 0: as many as the settings say."""
     if settings.exact != "auto":
         return settings.exact
     on_cpu = device.type == "cpu" and (degree or generation_degree(settings)) == 1
@@ -30,7 +30,7 @@ def expects_exactness(settings: RLHFSettings, dtype: torch.dtype, device: torch.
 
 
 def generation_degree(settings: RLHFSettings) -> int:
-    """Ranks that generate together."""
+    """Return how many ranks generate together."""
     planned = settings.plan.get(ACTOR_GENERATE.name)
     return settings.generation_tensor_parallel if planned is None else planned.get("tensor", 1)
 
@@ -45,7 +45,7 @@ def keeps_generation_logprobs(settings: RLHFSettings, dtype: torch.dtype, is_exa
 
 
 def iteration_calls(settings: RLHFSettings, dtype: torch.dtype, is_exact: bool = False) -> tuple[Call, ...]:
-    """What an iteration runs in a number format, and what the planner plans. `is_exact` is as in
+    """Return the calls of an iteration in a number format, which the planner plans too. `is_exact` is as in
     `keeps_generation_logprobs`; a run that is asked to be so is, or does not start."""
     keeps = keeps_generation_logprobs(settings, dtype, is_exact or settings.exact is True)
     return settings.calls if keeps else with_recomputed_logprobs(settings.calls)
@@ -63,17 +63,17 @@ def graphs_of(
     cluster: Cluster,
     reference: Shape | None = None,
 ) -> AugmentedGraphs:
-    """Of all plans for an iteration of `calls`; every response as long as it may be. `scorer` is reward model and
-    critic, `reference` that of the settings' own.
+    """Return the graphs of plans for an iteration of `calls`; every response is as long as allowed. `scorer` is reward
+    model and critic, `reference` that of the settings' own.
 
-    Iterations do not overlap: what an iteration gave is told to all ranks.
+    Iterations do not overlap: all ranks get the results of each.
     """
     graph = DataflowGraph(calls, iterations_overlap=False)
     return AugmentedGraphs(graph, CallCosts(workload_of(config, actor, scorer, dtype, reference), cluster))
 
 
 def require_plan_to_fuse(config: RunConfig) -> None:
-    """Raises UserError for settings without a plan that ask for fused training."""
+    """Raise UserError for settings without a plan that ask for fused training."""
     if config.rlhf.fusion.training == "fused":
         raise UserError(
             "rlhf.fusion.training=fused weaves actor and critic that train in pipeline stages, and only a plan has "
@@ -89,19 +89,19 @@ def require_runnable(
     dtype: torch.dtype,
     reference: Shape | None = None,
 ) -> None:
-    """Raises UserError where so many ranks cannot run the plan of the settings, or fused training has none; the first
+    """Raise UserError where so many ranks cannot run the plan of the settings, or fused training has none; the first
     problem is its sentence. A shape that is None is not judged."""
     if not config.rlhf.plan:
         return require_plan_to_fuse(config)
     graph, plan = DataflowGraph(iteration_calls(config.rlhf, dtype)), from_blocks(config.rlhf.plan)
     workload = workload_of(config, actor, scorer, dtype, reference)
-    found = problems(plan, graph, workload, ranks) or unrunnable(plan, graph, workload, config.rlhf, ranks)
-    if sentence := next(iter(found), ""):
+    sentences = problems(plan, graph, workload, ranks) or unrunnable(plan, graph, workload, config.rlhf, ranks)
+    if sentence := next(iter(sentences), ""):
         raise UserError(f"rlhf.plan cannot run on {ranks} process{'es' * (ranks > 1)}: {sentence}")
 
 
 def shape_of(directory: Path) -> Shape:
-    """Of the model in a directory. Raises UserError where its config.json cannot be read."""
+    """Read that of the model in a directory. Raises UserError where its config.json cannot be read."""
     return Shape.from_config_values(read_json(directory / "config.json", "fetch or train the model again"))
 
 
@@ -112,7 +112,7 @@ def workload_of(
     dtype: torch.dtype,
     reference: Shape | None = None,
 ) -> Workload:
-    """`reference` is that of the settings' own; None: as the actor's."""
+    """Return an iteration of these settings. `reference` is that of the settings' own; None: as the actor's."""
     rlhf, data = config.rlhf, config.data
     shapes = {"actor": actor, "reference": reference or actor, "critic": scorer, "reward": scorer}
     return Workload.of(

@@ -1,4 +1,4 @@
-"""PPO for language models and its critic-free kin: set-up, the loop over iterations, one iteration on one screen."""
+"""PPO for language models and its critic-free variants: set-up, the loop over iterations, one iteration on a screen."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -17,7 +17,7 @@ from training.checkpoints import Best
 from training.data.rows import Epochs
 from training.evaluation.statistics import distinct_bigrams
 from training.fusion.board import Span
-from training.hybrid_engine.kept_weights import KeptWeights
+from training.hybrid_engine.stored_weights import WeightsBackup
 from training.metrics import held_out_line
 from training.models.loading import load_causal_lm
 from training.reward_sources import RewardFailed
@@ -43,7 +43,7 @@ from training.steps import PROMPTS, SFT
 
 
 def train(stage: Stage) -> None:
-    """The whole step: set up, iterate, save."""
+    """Run the whole step: set up, iterate, save."""
     settings = stage.config.rlhf
     sft, scorer, reference = stage.earlier_model(SFT), starting_scorer(stage), stage.own_reference()
     chat_format = stage.chat_format(sft, scorer)
@@ -70,13 +70,13 @@ def train(stage: Stage) -> None:
         forecast = Forecast.of(stage, roles.plan, roles.calls, sft, scorer, reference)
     ppo = PPO(stage, roles, chat_format, prompts, rows, held_out, forecast)
     iterations = ppo.fit()
-    kept = {}
+    result = {"iterations": iterations, "kl_coefficient": ppo.kl.coefficient}
     if ppo.best is not None:
         ppo.best.put_back(iterations)
-        kept = {"kept": ppo.best.number}
+        result["kept"] = ppo.best.number
 
     save_actor(stage, roles, sft, chat_format)
-    stage.finish({"iterations": iterations, "kl_coefficient": ppo.kl.coefficient} | kept)
+    stage.finish(result)
 
 
 def save_actor(stage: Stage, roles: Roles, sft: Path, chat_format: ChatFormat) -> None:
@@ -87,9 +87,9 @@ def save_actor(stage: Stage, roles: Roles, sft: Path, chat_format: ChatFormat) -
     def load() -> PreTrainedModel:
         return load_causal_lm(sft, chat_format, torch.float32)
 
-    def write(weights: dict[str, Tensor], places: tuple[Path, Path]) -> None:
+    def write(weights: dict[str, Tensor], directories: tuple[Path, Path]) -> None:
         members = None if actor is None else actor.savers
-        stage.save_weights(weights, lora, places, load, chat_format, members=members)
+        stage.save_weights(weights, lora, directories, load, chat_format, members=members)
 
     write(actor.trained_weights() if actor is not None else {}, (directory.model, directory.adapter))
     if stage.config.rlhf.ema:
@@ -98,18 +98,18 @@ def save_actor(stage: Stage, roles: Roles, sft: Path, chat_format: ChatFormat) -
 
 @dataclass(frozen=True)
 class Iteration:
-    """What an iteration gave."""
+    """Holds the results of an iteration."""
 
     metrics: dict[str, float]
     mini_batches: list[dict[str, float]]
-    """The metrics of each one."""
+    """The metrics of the mini-batches."""
     stopped: bool
     """The KL to the reference was over rlhf.kl.stop: no update was made, and training ends here."""
     clock: Clock
 
 
 class PPO:
-    """The trainer. Everything random is a function of (seed, iteration), so a checkpoint holds weights and numbers."""
+    """Trains. Everything random is a function of (seed, iteration), so a checkpoint holds weights and numbers."""
 
     def __init__(
         self,
@@ -121,8 +121,8 @@ class PPO:
         held_out: Sequence[dict] = (),
         forecast: Forecast | None = None,
     ):
-        """`rows` are those of the prompts, for rewards that read text. What a `forecast` says of an iteration becomes
-        metrics beside what it took."""
+        """`rows` are those of the prompts, for rewards that read text. The seconds that a `forecast` gives become
+        metrics beside those that iterations take."""
         self.stage, self.settings, self.ranks, self.roles = stage, stage.config.rlhf, stage.ranks, roles
         self.chat_format, self.prompts, self.rows, self.forecast = chat_format, prompts, rows, forecast
         shown, limit = (held_out or rows)[: self.settings.sample_prompts], stage.config.data.max_prompt_tokens
@@ -134,10 +134,10 @@ class PPO:
         self.held_out = HeldOut(stage, self.rollouts, self.rewards, chat_format, held_out)
         self.best = None
         if self.settings.keep == "best":
-            weights = KeptWeights(roles.actor if roles.trains("actor") else None, roles.ema)
+            weights = WeightsBackup(roles.actor if roles.trains("actor") else None, roles.ema)
             self.best = Best(stage, weights, partial(rank_within, kl.bound), "iteration")
         self.order = Epochs(len(prompts), f"{stage.seed}/prompts")
-        self.inside = KeptWeights(roles.actor if roles.trains("actor") else None, roles.ema) if kl.stop else None
+        self.inside = WeightsBackup(roles.actor if roles.trains("actor") else None, roles.ema) if kl.stop else None
         """The model before the newest update, whose KL was within rlhf.kl.stop."""
         ptx = Demonstrations(stage, chat_format) if self.settings.ptx.coefficient else None
         self.updates = Updates(stage, roles, ptx)
@@ -148,7 +148,7 @@ class PPO:
         """Iteration of the newest checkpoint."""
 
     def fit(self) -> int:
-        """All iterations, from the newest checkpoint if there is one. Returns how many were made."""
+        """Run all iterations, from the newest checkpoint if there is one. Returns how many were made."""
         settings, stage = self.settings, self.stage
         number, stopped = self.resume()
         stage.expect_checkpoints("iteration")
@@ -163,7 +163,10 @@ class PPO:
                         self.save(number - 1, stopped=False)
                     raise
                 checked, stopped = True, iteration.stopped
-                metrics = iteration.metrics | self.watch_over(number, iteration.metrics)
+                signs, sentences = self.watch.look(iteration.metrics)
+                for sentence in sentences:
+                    stage.display.say(f"Warning: PPO iteration {number}: {sentence}")
+                metrics = iteration.metrics | signs
                 stage.metrics.write(number, metrics)
                 for mini_batch in iteration.mini_batches:
                     self.mini_batch_lines.write(number, mini_batch)
@@ -183,30 +186,26 @@ class PPO:
                     raise stage.terminated(number)
         return number
 
-    def end_inside(self, inside: KeptWeights, number: int, stopped: bool) -> bool:
-        """See to it that the model the step leaves is within rlhf.kl.stop: an update shows its KL only in the samples
-        that follow it, so the last one has to be measured. Returns whether one was taken back.
-        """
+    def end_inside(self, inside: WeightsBackup, number: int, stopped: bool) -> bool:
+        """Leave a model within rlhf.kl.stop: an update shows its KL only in the samples of the next iteration, so that
+        of the last one is measured here. Returns whether the last one was undone."""
         display, updated = self.stage.display, number - 1 if stopped else number
-        kl = None if stopped else self.measure_kl(number + 1)
-        if kl is not None and kl <= self.settings.kl.stop:
-            display.say(f"PPO: the KL of the last model is {kl:z.2f} nats a response, within rlhf.kl.stop")
-            return False
+        if not stopped:
+            prompts = [self.prompts[row] for row in self.choose_prompts(number + 1)]
+            kl = mean_kl(self.rollouts.answers(prompts, SamplingKey(self.stage.seed, number + 1)))
+            if kl <= self.settings.kl.stop:
+                display.say(f"PPO: the KL of the last model is {kl:z.2f} nats a response, within rlhf.kl.stop")
+                return False
         which = ""
-        if inside.is_kept:
+        if inside.is_stored:
             inside.put_back()
             which = f"; the model is that of iteration {updated - 1}, the last one within it"
         after = f"stopped after iteration {number}" if stopped else f"the update of iteration {number} is undone"
         display.say(f"PPO: {after}: KL to the reference is over rlhf.kl.stop{which}")
         return True
 
-    def measure_kl(self, number: int) -> float:
-        """Of the present actor to the reference, on the samples that iteration `number` would learn from."""
-        prompts = [self.prompts[seat] for seat in self.choose_prompts(number)]
-        return mean_kl(self.rollouts.answers(prompts, SamplingKey(self.stage.seed, number)))
-
     def evaluate(self, number: int, stopped: bool) -> None:
-        """On held-out prompts, after iteration `number`. All ranks call it."""
+        """Evaluate on held-out prompts, after iteration `number`. All ranks call it."""
         try:
             evaluation = self.held_out.measure()
         except RewardFailed:
@@ -218,22 +217,26 @@ class PPO:
         self.stage.display.say(held_out_line("PPO", number, evaluation, is_best))
 
     def save(self, number: int, stopped: bool, to_evaluate: bool = False) -> None:
-        """A checkpoint after iteration `number`; `to_evaluate` where what goes on from it must do that first."""
-        fusion = self.rollouts.fusion.chooser.as_dict()
-        state = {"kl_coefficient": self.kl.coefficient, "stopped": stopped, "fusion": fusion}
-        state |= {"to_evaluate": to_evaluate}
-        state |= {"rewards": self.rewards.state(), "critic_scale": self.roles.critic_scale}
+        """Write a checkpoint after iteration `number`; `to_evaluate`: a run that goes on from it evaluates first."""
+        state = {
+            "kl_coefficient": self.kl.coefficient,
+            "stopped": stopped,
+            "fusion": self.rollouts.fusion.chooser.as_dict(),
+            "to_evaluate": to_evaluate,
+            "rewards": self.rewards.state(),
+            "critic_scale": self.roles.critic_scale,
+        }
 
         def write(directory: Path) -> None:
             self.roles.save(directory)
-            if self.inside is not None and self.inside.is_kept:
+            if self.inside is not None and self.inside.is_stored:
                 self.inside.save(directory / "inside")
 
         self.stage.checkpoints.save(number, write, state)
         self.saved = number
 
     def resume(self) -> tuple[int, bool]:
-        """Iterations done, and whether the run had stopped early; the journals forget what came after."""
+        """Return the iterations done, and whether the run had stopped early; the journals forget what came after."""
         checkpoint = self.stage.checkpoints.newest()
         if self.best is not None:
             self.best.go_on_after(checkpoint[1]["number"] if checkpoint else -1)
@@ -264,20 +267,20 @@ class PPO:
         return state["number"], state["stopped"]
 
     def rewind(self, number: int) -> None:
-        """The journals forget what came after iteration `number`."""
+        """Remove from the journals what came after iteration `number`."""
         for journal in (self.stage.metrics, self.stage.samples, self.mini_batch_lines, self.sample_lines):
             journal.rewind(number)
 
     def iterate(self, number: int, check: bool) -> Iteration:
-        """Iteration `number`: prompts, generate, score, advantages, update, log. `check` looks at the first update."""
+        """Run iteration `number`: prompts, generate, score, advantages, update, log. `check` tests the first update."""
         settings, coefficient, clock = self.settings, self.kl.coefficient, Clock()
 
         # prompts
-        seats = self.choose_prompts(number)
-        prompts = [self.prompts[seat] for seat in seats]
+        prompt_rows = self.choose_prompts(number)
+        prompts = [self.prompts[row] for row in prompt_rows]
 
         # generate and score: each sample when it has ended, or all samples after one another
-        rollout = self.rollouts.start(prompts, seats, number, clock)
+        rollout = self.rollouts.start(prompts, prompt_rows, number, clock)
         if rollout.is_fused:
             experience = rollout.generate_and_score()
         else:
@@ -286,7 +289,7 @@ class PPO:
         of_rollout = rollout.learn(experience)
         self.rollouts.end()
         texts = [self.chat_format.decode(e.response.tolist()) for e in experience]
-        experience, rewarded = self.reward(experience, texts, seats, clock)
+        experience, rewarded = self.reward(experience, texts, prompt_rows, clock)
 
         # advantages
         targets = Targets.of(experience, settings, coefficient)
@@ -299,10 +302,10 @@ class PPO:
         # update
         kl = metrics.get("kl/reference", 0.0)
         stopped = 0 < settings.kl.stop < kl
-        batch, update = Batch(number, experience, targets, seats, coefficient), Update()
+        batch, update = Batch(number, experience, targets, prompt_rows, coefficient), Update()
         if not stopped:
             if self.inside is not None:
-                self.inside.keep()
+                self.inside.store()
             with clock.phase("time/train"), clock.timeline.span("train"):
                 update = self.updates.run(batch, clock.calls)
             self.kl.update(kl, len(experience))
@@ -311,26 +314,23 @@ class PPO:
         if settings.rollouts_every and number % settings.rollouts_every == 0 and self.ranks.is_first:
             with clock.phase("time/rollouts"):
                 self.sample_lines.extend(number, rollout_lines(batch, rewarded, self.chat_format, settings))
-        metrics |= update.metrics | self.generation_gap(experience, update)
-        metrics |= (
-            self.rollouts.work()
-            | of_rollout
-            | clock.metrics(sum(len(e.response) for e in experience), self.ranks.device)
-        )
+        metrics |= update.metrics | self.generation_gap(experience, update) | self.rollouts.work() | of_rollout
+        metrics |= clock.metrics(sum(len(e.response) for e in experience), self.ranks.device)
         metrics |= self.beside_forecast(number, experience, clock)
         return Iteration(metrics, update.mini_batches, stopped, clock)
 
     def reward(
-        self, experience: list[Experience], texts: list[str], seats: list[int], clock: Clock
+        self, experience: list[Experience], texts: list[str], prompt_rows: list[int], clock: Clock
     ) -> tuple[list[Experience], Rewarded]:
-        """The experience with the scores that PPO raises: of all that rewards, on one scale. And what they were."""
+        """Return the experience with the scores that PPO raises, those of all sources on one scale; and each of
+        them."""
         rewards, asks = self.rewards, bool(self.rewards.sources)
         with clock.phase("time/reward") if asks else nullcontext():
             rewarded = rewards.reward(
                 [e.score for e in experience],
-                [self.rows[seat]["prompt"] for seat in seats] if asks else [],
+                [self.rows[row]["prompt"] for row in prompt_rows] if asks else [],
                 texts,
-                [self.rows[seat].get("extra", {}) for seat in seats] if asks else [],
+                [self.rows[row].get("extra", {}) for row in prompt_rows] if asks else [],
                 self.settings.samples_per_prompt,
             )
         experience = [replace(e, score=score) for e, score in zip(experience, rewarded.scores, strict=True)]
@@ -341,8 +341,8 @@ class PPO:
         return experience, rewarded
 
     def generation_gap(self, experience: list[Experience], update: Update) -> dict[str, float]:
-        """The largest difference, in nats a token, between generation and training before the first update: of all
-        samples where the old log-probabilities were taken anew, else of the first mini-batch."""
+        """Return the largest difference, in nats a token, between generation and training before the first update: of
+        all samples where the old log-probabilities were recomputed, else of the first mini-batch."""
         if self.settings.min_response_tokens:  # generation drew from a distribution without the end tokens
             return {}
         gaps = [float((e.logprobs - e.generation_logprobs).abs().max()) for e in experience]
@@ -350,44 +350,37 @@ class PPO:
             gaps = [row["policy/log_ratio_max"] for row in update.mini_batches[:1] if "policy/log_ratio_max" in row]
         return {"policy/generation_gap": max(gaps)} if gaps else {}
 
-    def watch_over(self, number: int, metrics: dict[str, float]) -> dict[str, float]:
-        """Say what looks like a collapse, each kind once; returns its metrics."""
-        state, sentences = self.watch.look(metrics)
-        for sentence in sentences:
-            self.stage.display.say(f"Warning: PPO iteration {number}: {sentence}")
-        return state
-
     def choose_prompts(self, number: int) -> list[int]:
-        """Places of the prompts of an iteration, each repeated `samples_per_prompt` times in a row.
+        """Return the rows of the prompts of an iteration, each repeated `samples_per_prompt` times in sequence.
 
-        They come from epochs over all prompts, each epoch shuffled anew by (seed, epoch).
+        They come from epochs over all prompts, each shuffled by (seed, epoch).
         """
         count = self.settings.prompts_per_iteration
-        seats = self.order.rows((number - 1) * count, count)
-        return [seat for seat in seats for _ in range(self.settings.samples_per_prompt)]
+        prompt_rows = self.order.rows((number - 1) * count, count)
+        return [row for row in prompt_rows for _ in range(self.settings.samples_per_prompt)]
 
     def show_fixed_prompts(self, number: int) -> None:
-        """What the actor answers now to the same few held-out prompts, into samples.jsonl. All ranks call it."""
+        """Write the actor's answers to the same few held-out prompts into samples.jsonl. All ranks call it."""
         key = SamplingKey(self.stage.seed, 0)
-        for found in self.rollouts.answers(self.fixed_prompts, key, scored=False):
-            prompt, response = (self.chat_format.decode(ids.tolist()) for ids in (found.prompt, found.response))
-            self.stage.samples.write(number, {"prompt": prompt, "response": response, "ended": found.ended})
+        for sample in self.rollouts.answers(self.fixed_prompts, key, scored=False):
+            prompt, response = (self.chat_format.decode(ids.tolist()) for ids in (sample.prompt, sample.response))
+            self.stage.samples.write(number, {"prompt": prompt, "response": response, "ended": sample.ended})
 
     def beside_forecast(self, number: int, experience: list[Experience], clock: Clock) -> dict[str, float]:
-        """Seconds of each call as they were predicted for samples of these lengths and as they were, on the first rank;
+        """Return the seconds of each call as predicted for samples of these lengths and as achieved, on the first rank;
         all ranks call it."""
         seconds = clock.elapsed()
         ours = [Span(span.kind, span.start - clock.begun, span.end - clock.begun) for span in clock.calls.spans]
-        told = self.ranks.gather_on_first((ours, self.roles.staged.picture(clock.begun)), "what each rank did")
+        of_ranks = self.ranks.gather_on_first((ours, self.roles.staged.picture(clock.begun)), "what each rank did")
         if not self.ranks.is_first:
             return {}
-        spans = [of_rank for of_rank, _ in told]
+        spans = [calls for calls, _ in of_ranks]
         schedule = None
         if self.forecast is not None:
             idle = [ACTOR_TRAIN.name] if number <= self.settings.critic_warmup else []
             lengths = [len(e.prompt) for e in experience], [len(e.response) for e in experience]
             learned = learned_rows(experience, self.settings)
             schedule = self.forecast.schedule(*lengths, learned, left_out=idle)
-        data = as_data(number, schedule, spans) | {"update": update_data([newest for _, newest in told])}
+        data = as_data(number, schedule, spans) | {"update": update_data([newest for _, newest in of_ranks])}
         write_json(self.stage.directory.iteration_file, data)
         return {} if schedule is None else metrics_of(schedule, spans, seconds)

@@ -17,9 +17,9 @@ from training.calls import ACTOR_GENERATE, CRITIC_SCORE, Call
 from training.config import RunConfig
 from training.data.batching import TokenBatch
 from training.hybrid_engine.deepspeed_setup import loads
-from training.hybrid_engine.kept_weights import MovingAverage, WaitingWeights, divide_to_score, freeze, gathering
 from training.hybrid_engine.layout import Layout, StageCut
 from training.hybrid_engine.reallocation import Reallocation
+from training.hybrid_engine.stored_weights import MovingAverage, WaitingWeights, divide_to_score, freeze, gathering
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.memory import StepMemory, estimate_step_memory, with_slots
 from training.models.loading import load_causal_lm, load_scorer
@@ -31,13 +31,13 @@ from training.role_settings import FrozenSettings, OptimizerSettings
 from training.shape import Shape
 from training.stage import Stage
 from training.step3_rlhf.exactness import settle_exactness
-from training.step3_rlhf.places import CallPlaces
 from training.step3_rlhf.planned import iteration_calls, shape_of
+from training.step3_rlhf.positions import call_positions
 from training.steps import PPO, REWARD, SFT
 
 
 def starting_scorer(stage: Stage) -> Path | None:
-    """What the reward model is and the critic starts as; None where there is neither.
+    """Return what the reward model is and the critic starts as; None where there is neither.
 
     Without a reward model the critic starts where step 2 would: from the reward model's base checkpoint or, with
     reward.initialize_from=sft, from the SFT model, with a fresh head.
@@ -60,7 +60,7 @@ def load_critic(
     with_weights: bool,
     cut: StageCut | None = None,
 ) -> Scorer:
-    """The critic as it starts."""
+    """Load the critic as it starts."""
     assert scorer is not None
     trained, layers = critic_starts(stage.config)
     model = load_scorer(scorer, chat_format, dtype, layers, with_weights=with_weights, trained=trained, cut=cut)
@@ -76,13 +76,13 @@ def critic_starts(config: RunConfig) -> tuple[bool, int]:
 def load_reward(
     stage: Stage, scorer: Path, chat_format: ChatFormat, with_weights: bool, cut: StageCut | None = None
 ) -> Scorer:
-    """The reward model, which has learned already."""
+    """Load the reward model, which has learned already."""
     model = load_scorer(scorer, chat_format, stage.dtype, with_weights=with_weights, trained=True, cut=cut)
     return Scorer(model, cut=cut)
 
 
 def shapes_of(config: RunConfig, sft: Path, scorer: Path | None, reference: Path) -> dict[str, Shape]:
-    """Of the models, by role."""
+    """Return the shapes of the models by role."""
     shapes = {"actor": shape_of(sft), "reference": shape_of(reference)}
     if scorer is not None:
         shapes |= dict.fromkeys(("critic", "reward"), shape_of(scorer))
@@ -92,7 +92,7 @@ def shapes_of(config: RunConfig, sft: Path, scorer: Path | None, reference: Path
 
 
 def settled(stage: Stage, calls: tuple[Call, ...], sft: Path, scorer: Path | None, reference: Path) -> RunConfig:
-    """The settings with the slots of generation that the GPUs have room for. All ranks call it."""
+    """Return the settings with the slots of generation that the GPUs have room for. All ranks call it."""
     config, ranks = stage.config, stage.ranks
     if ranks.device.type != "cuda" or config.rlhf.generation_batch != "auto":
         return config
@@ -108,9 +108,9 @@ def settled(stage: Stage, calls: tuple[Call, ...], sft: Path, scorer: Path | Non
 
 
 class Roles:
-    """Actor and critic under ZeRO; reference and reward frozen. The critic starts as the reward model.
+    """Holds actor and critic under ZeRO, reference and reward frozen. The critic starts as the reward model.
 
-    Each lies where the plan runs its calls: a rank has those whose calls it takes part in.
+    A role lies where the plan runs its calls: a rank has those whose calls it takes part in.
     """
 
     def __init__(
@@ -126,14 +126,14 @@ class Roles:
         rates of actor and critic span; `reference` an own one, instead of the SFT model."""
         dtype, self.stage = stage.dtype, stage
         self.exact = settle_exactness(stage, sft)
-        """How training and scoring of the actor equal its generation to the bit, where they do."""
+        """How the actor's training and scoring equal its generation to the bit; None where they do not."""
         self.calls = iteration_calls(stage.config.rlhf, dtype, self.exact is not None)
         self.settings = settings = settled(stage, self.calls, sft, scorer, reference or sft).rlhf.as_planned
         self.plan = Plan.of(settings, stage.ranks.size, stage.config.data.longest, self.calls)
         has_stages = any(assignment.layout.pipeline > 1 for assignment in self.plan.assignments.values())
         shapes = shapes_of(stage.config, sft, scorer, reference or sft) if has_stages else {}
         layers = {role: shape.layers for role, shape in shapes.items()}
-        self.places = CallPlaces(self.plan, stage.ranks, layers)
+        self.positions = call_positions(self.plan, stage.ranks, layers)
         activations = {
             role: shapes[role].activation_values(1, getattr(settings, role).gradient_checkpointing) / layers[role]
             for role in shapes.keys() & {"actor", "critic"}
@@ -143,15 +143,16 @@ class Roles:
         )
         self.actor_is_reference = self.plan.actor_is_reference(settings.reference_is_actor)
         self._engines: dict[str, ZeroEngine] = {}
-        """Of the roles that this rank trains."""
+        """The roles that this rank trains."""
         self._scoring: dict[str, nn.Module] = {}
-        """What scores here, by role, where it is not what is trained."""
+        """The modules that score here, by role, where they are not those that are trained."""
         self._waiting: dict[str, WaitingWeights] = {}
-        """Of frozen roles, where the plan offloads them."""
+        """The weights of frozen roles that the plan offloads."""
         self.moves: dict[str, Reallocation] = {}
-        """By the calls that use trained weights in another layout; calls of a role in one cut share a copy."""
+        """The reallocations for calls that use trained weights in another layout; calls of a role in one cut share a
+        copy."""
         self.critic_scale: tuple[float, float] | None = None
-        """Shift and scale that PPO gave it; None while it has its own."""
+        """Shift and scale that PPO gave the critic; None while it has its own."""
 
         def load_actor(dtype: torch.dtype, with_weights: bool, cut: StageCut | None = None) -> Policy:
             model = load_causal_lm(sft, chat_format, dtype, with_weights=with_weights, cut=cut)
@@ -173,9 +174,9 @@ class Roles:
             self._freeze("reward", partial(load_reward, stage, scorer, chat_format), settings.reward)
         reward = cast(Scorer | None, self._scoring.get("reward"))
         is_normalized = None if reward is None else (reward.shift, reward.scale) != (0.0, 1.0)
-        found = stage.ranks.gather(is_normalized, "loading the models")
-        self.reward_is_normalized = next((each for each in found if each is not None), True)
-        """By step 2, which leaves a scale in the reward model's config.json."""
+        of_ranks = stage.ranks.gather(is_normalized, "loading the models")
+        self.reward_is_normalized = next((known for known in of_ranks if known is not None), True)
+        """Whether step 2 left a scale in the reward model's config.json."""
         self._frozen_blocked = [
             BlockedWeights(module)
             for role, module in self._scoring.items()
@@ -187,36 +188,36 @@ class Roles:
     def _train(
         self, role: str, load: Callable[..., Policy | Scorer], settings: OptimizerSettings, updates: int
     ) -> None:
-        """Make the engine of a role on the ranks that train it, and on all what brings its weights to other calls."""
-        home, dtype = self.plan[f"{role}_train"].layout, self.stage.dtype
-        elsewhere = [
-            call
-            for call in self.calls
-            if call.role == role and self.plan[call.name].cut != self.plan[f"{role}_train"].cut
-        ]
+        """Make the engine of a role on the ranks that train it, and on all the reallocations to its other calls."""
+        training, dtype = self.plan[f"{role}_train"], self.stage.dtype
+        home = training.layout
+        elsewhere = [call for call in self.calls if call.role == role and self.plan[call.name].cut != training.cut]
         torch.manual_seed(self.stage.seed)  # what is drawn does not depend on which roles lie here
         trained_stage: nn.Module | None = None
-        if place := self.places.get(f"{role}_train"):
-            loaded, with_weights = loads(home.zero_stage, dtype, place.stage_ranks)
-            module = load(loaded, with_weights, place.cut)
-            if place.cut is None:
-                engine = ZeroEngine(module, settings, dtype, updates, place.ranks)
+        if position := self.positions.get(f"{role}_train"):
+            loaded, with_weights = loads(home.zero_stage, dtype, position.stage_ranks)
+            module = load(loaded, with_weights, position.cut)
+            if position.cut is None:
+                engine = ZeroEngine(module, settings, dtype, updates, position.ranks)
             else:
-                assert place.pipeline is not None
-                engine = StageEngine(module, settings, dtype, updates, place.stage_ranks, place.pipeline, place.cut)
+                assert position.pipeline is not None
+                engine = StageEngine(
+                    module, settings, dtype, updates, position.stage_ranks, position.pipeline, position.cut
+                )
                 trained_stage = engine.language_model
             self._engines[role] = engine
             model = engine.language_model
-        if elsewhere and (place is None or trained_stage is not None):
+        if elsewhere and (position is None or trained_stage is not None):
             model = load(dtype, False).to(dtype).model
         moves: dict[Cut, Reallocation] = {}
         for call in elsewhere:
-            assignment, place = self.plan[call.name], self.places.get(call.name)
+            assignment, position = self.plan[call.name], self.positions.get(call.name)
             if assignment.cut not in moves:
-                target, part, divides = assignment.layout, None, None
-                if place is not None:
-                    part, divides = place.tensor_parallel, partial(divide_to_score, dtype=dtype, ranks=place.ranks)
-                divide = divides if target.zero_stage == 3 else None
+                target, part, divide = assignment.layout, None, None
+                if position is not None:
+                    part = position.tensor_parallel
+                    if target.zero_stage == 3:
+                        divide = partial(divide_to_score, dtype=dtype, ranks=position.ranks)
                 moves[assignment.cut] = Reallocation(
                     model, home, target, part, self.stage.ranks, divide=divide, stage=trained_stage
                 )
@@ -225,47 +226,47 @@ class Roles:
     def _freeze(self, role: str, load: Callable[..., Policy | Scorer], settings: FrozenSettings) -> None:
         """Load a role that only scores, where it does: whole on every rank, divided by ZeRO 3, a stage, or a
         tensor-parallel part."""
-        place = self.places.get(f"{role}_score")
-        if place is None:
+        position = self.positions.get(f"{role}_score")
+        if position is None:
             return
-        layout, ranks = place.assignment.layout, place.ranks
+        layout, ranks = position.assignment.layout, position.ranks
         _, with_weights = loads(layout.zero_stage, self.stage.dtype, ranks)
-        module = load(with_weights, place.cut)
+        module = load(with_weights, position.cut)
         if layout.tensor > 1:
             order = sorted(layout.mesh)
             local = replace(layout, mesh=tuple(order.index(rank) for rank in layout.mesh))
             whole = Layout.over(ranks.size)
-            part = Reallocation(module.model, whole, local, place.tensor_parallel, ranks).run()
+            part = Reallocation(module.model, whole, local, position.tensor_parallel, ranks).run()
             module.model = cast(PreTrainedModel, part)  # the whole one is forgotten here
         frozen = freeze(module, settings, self.stage.dtype, ranks)
         self._scoring[role] = frozen
-        if place.assignment.offload and layout.zero_stage < 3 and ranks.device.type != "cpu":
+        if position.assignment.offload and layout.zero_stage < 3 and ranks.device.type != "cpu":
             self._waiting[role] = WaitingWeights(frozen, ranks.device)
 
     def trains(self, role: str) -> bool:
-        """Whether this rank does."""
+        """Whether this rank trains the role."""
         return role in self._engines
 
     @property
     def actor(self) -> ZeroEngine:
-        """On ranks that train it."""
+        """The engine of the actor, on ranks that train it."""
         return self._engines["actor"]
 
     @property
     def critic(self) -> ZeroEngine:
-        """On ranks that train it; only `advantage=gae` has one."""
+        """The engine of the critic, on ranks that train it; only `advantage=gae` has one."""
         return self._engines["critic"]
 
     def generator(self) -> nn.Module | None:
-        """The actor's language model with the present weights as generation wants it, the same module each time; None
-        on ranks that do not generate. All ranks call it."""
-        return self._brought(ACTOR_GENERATE)
+        """Return the actor's language model with its present weights in the layout of generation, the same module each
+        time; None on ranks that do not generate. All ranks call it."""
+        return self._reallocated(ACTOR_GENERATE)
 
-    def _brought(self, call: Call) -> nn.Module | None:
-        """The language model of a trained role, with its present weights in the layout of `call`."""
+    def _reallocated(self, call: Call) -> nn.Module | None:
+        """Return the language model of a trained role, with its present weights in the layout of `call`."""
         if (move := self.moves.get(call.name)) is None:
-            return self._engines[call.role].language_model if call.name in self.places else None
-        if call.name in self.places or self.trains(call.role):
+            return self._engines[call.role].language_model if call.name in self.positions else None
+        if call.name in self.positions or self.trains(call.role):
             return move.run()
         return None
 
@@ -288,8 +289,8 @@ class Roles:
         for call in self.calls:
             if call.kind == "score" and (move := self.moves.get(call.name)) is not None:
                 is_here = move.is_filled and move is self.moves.get(ACTOR_GENERATE.name)  # since samples were drawn
-                self._use(call, move.module if is_here else self._brought(call))
-        if CRITIC_SCORE.name in self.places and self.plan[CRITIC_SCORE.name].layout.zero_stage < 3:
+                self._use(call, move.module if is_here else self._reallocated(call))
+        if CRITIC_SCORE.name in self.positions and self.plan[CRITIC_SCORE.name].layout.zero_stage < 3:
             blocked.append(BlockedWeights(self._scoring.get("critic") or self.critic.module))
         with ExitStack() as stack:
             for weights in blocked:
@@ -318,19 +319,20 @@ class Roles:
         scored = cast(PreTrainedModel, model)
         module: nn.Module = Policy(scored, exact=self.exact) if call.role == "actor" else Scorer(scored)
         if self.plan[call.name].layout.zero_stage == 3:
-            module = gathering(module, self.stage.dtype, self.places[call.name].ranks)
+            module = gathering(module, self.stage.dtype, self.positions[call.name].ranks)
         self._scoring[call.role] = module
         if call.role == "critic" and self.critic_scale is not None:
             self.scale_critic(*self.critic_scale)
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
-        """Of the actor as it is trained, float32 (response tokens) of each batch; none on a stage but the last."""
+        """Return those of the actor as it is trained, float32 (response tokens) of each batch; none on a stage but the
+        last."""
         return [logprobs for logprobs, _ in self._ask("actor_train", self.actor, batches, self.settings.temperature)]
 
     @torch.no_grad()
     def score(self, role: str, batches: Sequence[TokenBatch]) -> list[Tensor]:
-        """What the score call of a role makes of each batch, on ranks that take part; nothing on a stage but the last.
+        """Return the results of a role's score call, on ranks that take part; none on a stage but the last.
 
         Float32: log-probabilities at the temperature of the policy (response tokens), of the actor as the call has it
         or of the frozen SFT model; values (response tokens); scores of the reward model at the last tokens (rows).
@@ -341,23 +343,23 @@ class Roles:
             if role == "reference" and self.actor_is_reference:
                 module = self.actor
                 stack.enter_context(cast(Policy, self.actor.module).without_adapter())
-            said = self._ask(f"{role}_score", module, batches, *more)
-        read = {"critic": response_values, "reward": at_last_token}.get(role, lambda found, _: found[0])
-        return [read(found, batch) for found, batch in zip(said, batches, strict=bool(said))]
+            outputs = self._ask(f"{role}_score", module, batches, *more)
+        read = {"critic": response_values, "reward": at_last_token}.get(role, lambda output, _: output[0])
+        return [read(output, batch) for output, batch in zip(outputs, batches, strict=bool(outputs))]
 
     def _ask(self, call: str, module: Any, batches: Sequence[TokenBatch], *more: Any) -> list[Any]:
-        """What a role's model, or the last stage of it, says of each batch; nothing on the other stages."""
-        place = self.places[call]
-        with nullcontext() if isinstance(module, ZeroEngine) else place.stage_ranks.as_world():
-            if place.cut is None:
+        """Return the outputs of a role's model, or of the last stage of it; none on the other stages."""
+        position = self.positions[call]
+        with nullcontext() if isinstance(module, ZeroEngine) else position.stage_ranks.as_world():
+            if position.cut is None:
                 return [module(batch, *more) for batch in batches]
-            found: list[Any] = [None] * len(batches)
+            outputs: list[Any] = [None] * len(batches)
             model = getattr(module, "module", module).model
-            self.staged.score(call, ScoringWork(module, model, place.cut, batches, found.__setitem__, *more))
-        return found if place.cut.is_last else []
+            self.staged.score(call, ScoringWork(module, model, position.cut, batches, outputs.__setitem__, *more))
+        return outputs if position.cut.is_last else []
 
     def save(self, directory: Path) -> None:
-        """All ranks call it; each role is saved by those that train it."""
+        """Save all roles, each by the ranks that train it. All ranks call it."""
         for role, engine in self._engines.items():
             engine.save(directory / role)
         if self.ema is not None:
@@ -371,5 +373,5 @@ class Roles:
 
 
 def response_values(scores: Tensor, batch: TokenBatch) -> Tensor:
-    """The value of the state in which each response token is drawn: that of the token before it."""
+    """Return the value of the state in which each response token is drawn: that of the token before it."""
     return scores[batch.predicting]

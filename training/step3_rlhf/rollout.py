@@ -15,11 +15,11 @@ from inference.generation.engine import Decoding, GenerationEngine
 from inference.generation.sampler import Sample, SamplingKey, SamplingSettings
 from training.calls import ACTOR_GENERATE, Call
 from training.data.batching import TokenBatch
-from training.fusion.choice import Choice
+from training.fusion.board import SampleLengths
+from training.fusion.choice import FusionChoice
 from training.fusion.costs import Measured, deal
 from training.fusion.fusion import Fusion
 from training.fusion.rollout import Report
-from training.fusion.simulator import Job
 from training.plan import Assignment, Plan, most_generated
 from training.rewards import Rewarded
 from training.rlhf_settings import RLHFSettings
@@ -40,39 +40,34 @@ def scores_alone(plan: Plan, ranks: int) -> bool:
 
 
 class Rollouts:
-    """Those of a run: the engine that generates, the roles that score, what is known of fusion."""
+    """Makes the rollouts of a run, with the engine that generates, the roles that score and what fusion knows."""
 
     def __init__(self, stage: Stage, roles: Roles, chat_format: ChatFormat):
         self.stage, self.roles, self.chat_format = stage, roles, chat_format
         settings = stage.config.rlhf
         limit = stage.config.data.max_response_tokens
         self.sampling = SamplingSettings(limit, settings.temperature, min_tokens=settings.min_response_tokens)
-        self.generation = roles.places.get(ACTOR_GENERATE.name)
+        self.generation = roles.positions.get(ACTOR_GENERATE.name)
         """None where this rank does not generate."""
         self.scoring = [call for call in roles.calls if call.kind == "score"]
         self.fusion = Fusion(stage, roles.plan[ACTOR_GENERATE.name], scores_alone(roles.plan, stage.ranks.size))
         self.engine: GenerationEngine | None = None
         self.forced_lengths: Callable[[int], list[int]] | None = None
-        """For measuring: iteration -> the length of each response."""
+        """Iteration -> the length of each response, for measurements."""
 
-    def start(self, prompts: list[Tensor], seats: list[int], number: int, clock: Clock) -> "Rollout":
-        """That of iteration `number`, its samples on their way. `seats` are the places of the prompts in the data."""
-        choice, shares = self.fusion.choose(number), self.fusion.deal(seats)
+    def start(self, prompts: list[Tensor], prompt_rows: list[int], number: int, clock: Clock) -> "Rollout":
+        """Start that of iteration `number`. `prompt_rows` are the rows of the prompts in the data."""
+        choice, shares = self.fusion.choose(number), self.fusion.deal(prompt_rows)
         key = SamplingKey(self.stage.seed, number)
         limits = None if self.forced_lengths is None else self.forced_lengths(number)
-        return self._begin(prompts, seats, key, choice, shares, clock, limits)
-
-    def aside(self, prompts: list[Tensor], key: SamplingKey) -> "Rollout":
-        """One that nothing is learned from, neither by the policy nor by fusion; never fused."""
-        shares = deal([1.0] * len(prompts), self.fusion.place.layout.data)
-        return self._begin(prompts, [], key, Choice(None, "nothing is learned from it"), shares, Clock())
+        return self._begin(prompts, prompt_rows, key, choice, shares, clock, limits)
 
     def _begin(
         self,
         prompts: list[Tensor],
-        seats: list[int],
+        prompt_rows: list[int],
         key: SamplingKey,
-        choice: Choice,
+        choice: FusionChoice,
         shares: list[list[int]],
         clock: Clock,
         lengths: list[int] | None = None,
@@ -83,15 +78,15 @@ class Rollouts:
         limits = lengths or [self.sampling.max_tokens] * len(prompts)
         decoding = None
         if engine is not None:
-            ours = [Sample(index, prompts[index], limits[index]) for index in shares[self.fusion.place.instance]]
+            ours = [Sample(index, prompts[index], limits[index]) for index in shares[self.fusion.position.instance]]
             largest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
             room = (0, 0) if choice.policy is None else (len(prompts), largest)  # for samples of other instances
             decoding = engine.start(ours, self.sampling, key, may_end=lengths is None, room=room)
-        return Rollout(self, key.iteration, prompts, seats, choice, shares, decoding, clock, begun)
+        return Rollout(self, key.iteration, prompts, prompt_rows, choice, shares, decoding, clock, begun)
 
     def generation_engine(self) -> GenerationEngine | None:
-        """Generates with the actor's present weights; its memory is kept from iteration to iteration. None where this
-        rank does not generate. All ranks call it."""
+        """Return an engine with the actor's present weights, the same one each time; None where this rank does not
+        generate. All ranks call it."""
         model = self.roles.generator()
         if model is None or self.generation is None:
             return None
@@ -99,25 +94,27 @@ class Rollouts:
             settings, chat_format = self.stage.config.rlhf, self.chat_format
             samples = settings.prompts_per_iteration * settings.samples_per_prompt
             slots = self.generation.assignment.together(samples)
-            exact = self.roles.exact
             most = -(-most_generated(settings) // self.generation.assignment.layout.data)
             room = most, self.stage.config.data.longest
             self.engine = GenerationEngine(
-                model, chat_format.end_ids, chat_format.pad_id, slots, exact=exact, room=room
+                model, chat_format.end_ids, chat_format.pad_id, slots, exact=self.roles.exact, room=room
             )
         self.engine.weights_changed()
         return self.engine
 
     def end(self) -> None:
-        """What generation keeps is given back, if the settings say so. All ranks call it."""
+        """Free the memory of generation, if the settings say so. All ranks call it."""
         if self.stage.config.rlhf.release_generation:
             self.roles.release(ACTOR_GENERATE)
             if self.engine is not None:
                 self.engine.release()
 
     def answers(self, prompts: list[Tensor], key: SamplingKey, scored: bool = True) -> list[Experience]:
-        """What the present policy answers, in the order of the prompts, on every rank. All ranks call it."""
-        rollout = self.aside(prompts, key)
+        """Return the present policy's answers, in the order of the prompts. Nothing is learned from them, neither by
+        the policy nor by fusion. All ranks call it and get the same."""
+        choice = FusionChoice(None, "nothing is learned from it")
+        shares = deal([1.0] * len(prompts), self.fusion.position.layout.data)
+        rollout = self._begin(prompts, [], key, choice, shares, Clock())
         experience = rollout.generate()
         experience = rollout.score(experience) if scored else experience
         self.end()
@@ -125,8 +122,8 @@ class Rollouts:
 
     @property
     def scored_together(self) -> list[list[Call]]:
-        """The calls that score, those with one assignment together: they share micro-batches. One whose weights wait in
-        host memory is alone, so that they come once, and no others with them."""
+        """The calls that score, in groups of one assignment, which share micro-batches. A call whose weights wait in
+        host memory is alone, so that they are loaded once, and no others with them."""
         groups: dict[tuple[Assignment, str], list[Call]] = {}
         for call in self.scoring:
             assignment = self.roles.plan[call.name]
@@ -138,28 +135,29 @@ class Rollouts:
         gives scored rows."""
         calls = calls or self.scoring
         batches = {is_taught: self.read(rows, is_taught) for is_taught in {call.role == "reward" for call in calls}}
-        found = {call.outputs[0]: self.roles.score(call.role, [batches[call.role == "reward"]])[0] for call in calls}
-        return lambda: with_found(rows, found)
+        outputs = {call.outputs[0]: self.roles.score(call.role, [batches[call.role == "reward"]])[0] for call in calls}
+        return lambda: with_outputs(rows, outputs)
 
     def score_in_stages(self, shares: list[list[Experience]], call: Call) -> list[list[Experience]]:
-        """Micro-batches as a call scores them that runs in stages; as they were on all stages but the last."""
-        found = self.roles.score(call.role, [self.read(rows, call.role == "reward") for rows in shares])
-        if not found:
+        """Return micro-batches scored by a call that runs in stages; unscored on all stages but the last."""
+        outputs = self.roles.score(call.role, [self.read(rows, call.role == "reward") for rows in shares])
+        if not outputs:
             return shares
-        return [with_found(rows, {call.outputs[0]: each}) for rows, each in zip(shares, found, strict=True)]
+        return [with_outputs(rows, {call.outputs[0]: values}) for rows, values in zip(shares, outputs, strict=True)]
 
     def read(self, rows: list[Experience], is_taught: bool) -> TokenBatch:
-        """The rows as they were generated, or as the reward model was taught to read them."""
+        """Return the rows as they were generated, or as the reward model was taught to read them."""
         return self.as_taught(rows) if is_taught else token_batch(rows, self.stage.ranks.device)
 
     def as_taught(self, rows: list[Experience]) -> TokenBatch:
-        """The rows as the reward model was trained to read them: with one end, whatever token ended a response."""
+        """Return the rows as the reward model was taught to read them: with one end, whatever token ended a
+        response."""
         as_read = [(e.prompt, torch.tensor(self.chat_format.as_taught(e.response.tolist()))) for e in rows]
         return TokenBatch.of(as_read, self.stage.ranks.device)
 
     def work(self) -> dict[str, float]:
-        """How full the slots were, and the rows decoded against the tokens kept; over all instances."""
-        speaks = self.engine is not None and self.fusion.place.speaks
+        """Measure how full the slots were, and the rows decoded against the tokens generated; over all instances."""
+        speaks = self.engine is not None and self.fusion.position.speaks
         stats = self.engine.stats if self.engine is not None and speaks else None  # an instance works on one batch
         shares = [share for share in self.stage.ranks.gather(stats) if share is not None]
         row_steps, slot_steps = sum(s.row_steps for s in shares), sum(s.decode_steps * s.slots for s in shares)
@@ -171,11 +169,11 @@ class Rollouts:
         }
 
 
-def with_found(rows: list[Experience], found: dict[str, Tensor]) -> list[Experience]:
-    """Rows with what calls have found: scores (rows), all else (response tokens of all rows)."""
+def with_outputs(rows: list[Experience], outputs: dict[str, Tensor]) -> list[Experience]:
+    """Return the rows with the outputs of calls: scores (rows), all else (response tokens of all rows)."""
     sizes = [len(e.response) for e in rows]
-    of_tokens = {key: values.cpu().split(sizes) for key, values in found.items() if key != "scores"}
-    scores = found["scores"].tolist() if "scores" in found else [e.score for e in rows]
+    of_tokens = {key: values.cpu().split(sizes) for key, values in outputs.items() if key != "scores"}
+    scores = outputs["scores"].tolist() if "scores" in outputs else [e.score for e in rows]
     return [
         replace(e, score=scores[i], **{key: of_rows[i] for key, of_rows in of_tokens.items()})
         for i, e in enumerate(rows)
@@ -184,13 +182,13 @@ def with_found(rows: list[Experience], found: dict[str, Tensor]) -> list[Experie
 
 @dataclass
 class Rollout:
-    """That of one iteration: all samples in order, scored, on all ranks."""
+    """Generates and scores the samples of one iteration; all ranks get all of them, in order."""
 
     rollouts: Rollouts
     number: int
     prompts: list[Tensor]
-    seats: list[int]
-    choice: Choice
+    prompt_rows: list[int]
+    choice: FusionChoice
     shares: list[list[int]]
     """The samples that each instance begins."""
     decoding: Decoding | None
@@ -198,14 +196,14 @@ class Rollout:
     clock: Clock
     begun: float
     report: Report = field(default_factory=Report)
-    """What fusion learns of."""
+    """What fusion learns from."""
 
     @property
     def is_fused(self) -> bool:
         return self.choice.policy is not None
 
     def generate(self) -> list[Experience]:
-        """Without fusion: all samples, not scored."""
+        """Return all samples, not scored; without fusion."""
         with self.clock.phase("time/generate"):
             ended: list[Sample] = []
             while self.decoding is not None and not self.decoding.is_over:
@@ -216,12 +214,12 @@ class Rollout:
                 self.clock.calls.add(ACTOR_GENERATE.name, start, end)
                 self.report.measured.append(Measured(end - start, work=self.decoding.work))
         with self.clock.phase("time/gather"):
-            speaks = self.rollouts.fusion.place.speaks
+            speaks = self.rollouts.fusion.position.speaks
             ours = [Experience.of(sample) for sample in ended] if speaks else []  # its group has the same
             return gather_experience(self.rollouts.stage.ranks, ours, self.prompts, ["generation_logprobs"])
 
     def score(self, experience: list[Experience]) -> list[Experience]:
-        """Without fusion: all samples scored; the ranks of a call compute like parts of them."""
+        """Return all samples scored, without fusion; the ranks of a call compute equal parts of them."""
         groups, ranks = self.rollouts.scored_together, self.rollouts.stage.ranks
         with self.clock.phase("time/score"), ExitStack() as stack, self.clock.timeline.span("score"):
             with self.clock.calls.span("reallocation"):
@@ -233,32 +231,38 @@ class Rollout:
         return experience
 
     def _scored(self, experience: list[Experience], calls: Sequence[Call]) -> list[Experience]:
-        """What this rank says of its part of the samples, in calls that share micro-batches."""
-        place = self.rollouts.roles.places.get(calls[0].name)
+        """Score this rank's part of the samples, in calls that share micro-batches."""
+        position = self.rollouts.roles.positions.get(calls[0].name)
+        if position is None:
+            return []
         scored: list[Experience] = []
         with ExitStack() as stack:
             with self.clock.calls.span("offload"):
                 stack.enter_context(self.rollouts.roles.present(calls))
-            micro_batches = place.micro_batches([e.length for e in experience]) if place is not None else []
+            micro_batches = position.micro_batches([e.length for e in experience])
             shares = [[experience[row] for row in micro_batch.rows] for micro_batch in micro_batches]
-            if place is not None and place.cut is not None:
+            if position.cut is not None:
                 for call in calls:
                     with self.clock.calls.span(call.name):
                         shares = self.rollouts.score_in_stages(shares, call)
-                scored = [e for each, rows in zip(micro_batches, shares, strict=True) if each.weight for e in rows]
-                return scored if place.speaks else []
             for micro_batch, rows in zip(micro_batches, shares, strict=True):
-                start = time.perf_counter()
-                for call in calls:
-                    with self.clock.calls.span(call.name):
-                        rows = self.rollouts.begin_scoring(rows, [call])()
-                tokens = sum(e.length for e in rows)
-                self.report.measured.append(Measured(time.perf_counter() - start, scored=tokens))
+                if position.cut is None:
+                    rows = self._scored_rows(rows, calls)
                 scored += rows if micro_batch.weight else []
-        return scored if place is not None and place.speaks else []
+        return scored if position.speaks else []
+
+    def _scored_rows(self, rows: list[Experience], calls: Sequence[Call]) -> list[Experience]:
+        """Score a micro-batch, and measure it."""
+        start = time.perf_counter()
+        for call in calls:
+            with self.clock.calls.span(call.name):
+                rows = self.rollouts.begin_scoring(rows, [call])()
+        tokens = sum(e.length for e in rows)
+        self.report.measured.append(Measured(time.perf_counter() - start, scored=tokens))
+        return rows
 
     def generate_and_score(self) -> list[Experience]:
-        """Fused: the same samples with the same numbers."""
+        """Return the same samples with the same numbers, fused."""
         fusion = self.rollouts.fusion
         assert self.decoding is not None  # every rank generates and scores
 
@@ -271,16 +275,16 @@ class Rollout:
                     self.decoding, self.prompts, self.choice, board, begin, self.clock.timeline
                 )
             with self.clock.phase("time/gather"):
-                found = [call.outputs[0] for call in self.rollouts.scoring if call.role != "reward"]
-                numbers = ["generation_logprobs", *found]
+                outputs = [call.outputs[0] for call in self.rollouts.scoring if call.role != "reward"]
+                numbers = ["generation_logprobs", *outputs]
                 return gather_experience(self.rollouts.stage.ranks, scored, self.prompts, numbers)
 
     def learn(self, experience: list[Experience]) -> dict[str, float]:
-        """What this rollout says of those to come; returns metrics."""
+        """Let fusion learn from this rollout for those to come; returns metrics."""
         achieved = time.perf_counter() - self.begun
-        jobs = [Job(i, len(e.prompt), len(e.response)) for i, e in enumerate(experience)]
+        samples = [SampleLengths(i, len(e.prompt), len(e.response)) for i, e in enumerate(experience)]
         return self.rollouts.fusion.learn(
-            self.number, self.choice, self.shares, self.seats, jobs, self.report, achieved, self.decoding
+            self.number, self.choice, self.shares, self.prompt_rows, samples, self.report, achieved, self.decoding
         )
 
 
@@ -290,8 +294,8 @@ DECIMALS = 5
 def rollout_lines(
     batch: Batch, rewarded: Rewarded, chat_format: ChatFormat, settings: RLHFSettings
 ) -> Iterator[dict[str, Any]]:
-    """Samples in their order. Rewards are those whose means are metrics; lists of numbers have one for each token of
-    the response."""
+    """Return a line for each sample, in their order. Rewards are those whose means are metrics; lists of numbers have
+    one for each token of the response."""
     targets, tokenizer = batch.targets, chat_format.tokenizer
     by_token = {"logprobs": targets.logprobs, "advantages": targets.advantages}
     if settings.has_reference:
@@ -300,26 +304,26 @@ def rollout_lines(
         by_token["values"] = targets.values
     numbers = {name: rounded(values) for name, values in by_token.items()}
     penalty, total = rounded(targets.kl_penalty), rounded(targets.total_score - targets.kl_penalty)
-    for place, sample in enumerate(batch.experience):
+    for i, sample in enumerate(batch.experience):
         tokens = pieces_of(sample.response.tolist(), tokenizer)
         yield {
-            "sample": place,
-            "row": batch.seats[place],
+            "sample": i,
+            "row": batch.prompt_rows[i],
             "prompt": whole_text(sample.prompt.tolist(), tokenizer),
             "response": "".join(tokens),
             "truncated": not sample.ended,
-            **{f"reward/{source}": scores[place] for source, (scores, _) in rewarded.parts.items()},
+            **{f"reward/{source}": scores[i] for source, (scores, _) in rewarded.parts.items()},
             "reward/score": sample.score,
             "reward/missing_end": 0.0 if sample.ended else -settings.missing_end_penalty,
-            "reward/kl": -penalty[place],
-            "reward/total": total[place],
+            "reward/kl": -penalty[i],
+            "reward/total": total[i],
             "tokens": tokens,
-            **{name: values[place][: len(tokens)] for name, values in numbers.items()},
+            **{name: values[i][: len(tokens)] for name, values in numbers.items()},
             "prompt_ids": sample.prompt.tolist(),
             "response_ids": sample.response.tolist(),
         }
 
 
 def rounded(values: Tensor) -> list[Any]:
-    """As floats that are short to write."""
+    """Return the values as floats that are short to write."""
     return ((values.double() * 10**DECIMALS).round() / 10**DECIMALS).tolist()

@@ -1,4 +1,4 @@
-"""Where the time of an iteration goes, call by call, and what the cost model says of it."""
+"""Timing of an iteration, call by call, and what the cost model predicts of it."""
 
 import resource
 import statistics
@@ -28,7 +28,7 @@ from training.step3_rlhf.planned import graphs_of, shape_of
 
 @dataclass(frozen=True)
 class Forecast:
-    """Of the iterations of a plan on the hardware here."""
+    """Predicts the iterations of a plan on the hardware here."""
 
     graphs: AugmentedGraphs
     plan: Plan
@@ -43,8 +43,8 @@ class Forecast:
         scorer: Path | None,
         own: Path | None = None,
     ) -> "Forecast | None":
-        """With models as in these directories; `scorer` is reward model and critic, `own` a reference of one's own.
-        None where no rates of this machine are known."""
+        """Make one for the models in these directories; `scorer` is reward model and critic, `own` a reference of one's
+        own. None where no rates of this machine are known."""
         try:
             if (cluster := hardware_of(stage)) is None:
                 return None
@@ -62,18 +62,19 @@ class Forecast:
         learned: Sequence[int] | None = None,
         left_out: Collection[str] = (),
     ) -> Schedule:
-        """Of an iteration with prompts and responses of these lengths, in tokens, without the calls `left_out`. Only
-        the samples in the places `learned` are trained on; None: all."""
+        """Predict an iteration with prompts and responses of these lengths, in tokens, without the calls `left_out`.
+        Only the samples `learned`, by index, are trained on; None: all."""
         nodes = self._nodes(prompts, responses)
         if learned is not None and len(learned) < len(prompts):
-            of_learned = self._nodes(*([each[i] for i in learned] for each in (prompts, responses))) if learned else ()
+            lengths = ([of_all[i] for i in learned] for of_all in (prompts, responses))
+            of_learned = self._nodes(*lengths) if learned else ()
             seconds = {call.name: 0.0 for call in self.graphs.graph.calls if call.kind == "train"}
             seconds |= {node.name: node.seconds for node in of_learned if node.name in seconds}
             nodes = [replace(node, seconds=seconds.get(node.name, node.seconds)) for node in nodes]
         return list_schedule([replace(n, seconds=0.0) if n.name in left_out else n for n in nodes], iterations=1)
 
     def _nodes(self, prompts: Sequence[int], responses: Sequence[int]) -> Sequence[Node]:
-        """Of an iteration with samples of these lengths."""
+        """Return the nodes of an iteration with samples of these lengths."""
         workload = replace(
             self.graphs.costs.workload,
             samples=len(prompts),
@@ -86,8 +87,8 @@ class Forecast:
 
 
 def hardware_of(stage: Stage) -> Cluster | None:
-    """The ranks of a stage, as they were profiled or by the data sheet of their GPU; None where no rates are known, and
-    where nodes have unlike numbers of ranks."""
+    """Return the ranks of a stage, as they were profiled or by the data sheet of their GPU; None where no rates are
+    known, and where nodes have unlike numbers of ranks."""
     ranks, here = stage.ranks, local_size()
     if ranks.size % here:
         return None
@@ -100,32 +101,32 @@ def hardware_of(stage: Stage) -> Cluster | None:
 
 
 def predicted_seconds(schedule: Schedule) -> dict[str, float]:
-    """Of each call, and of what is brought before calls, by its kind."""
-    found: dict[str, float] = {}
+    """Return those of each call, and of what is moved before calls, by its kind."""
+    seconds: dict[str, float] = {}
     for interval in schedule.intervals:
         name = kind_of(interval)
-        found[name] = found.get(name, 0.0) + interval.end - interval.start
-    return found
+        seconds[name] = seconds.get(name, 0.0) + interval.end - interval.start
+    return seconds
 
 
 def kind_of(interval: Interval) -> str:
-    """A call's name, or what else it is."""
+    """Return a call's name, or the kind of another node."""
     return interval.node.name if interval.node.kind == "call" else interval.node.kind
 
 
 def achieved_seconds(spans: Sequence[Sequence[Span]]) -> dict[str, float]:
-    """Of each call, on the rank that took longest; `spans` are by rank."""
-    found: dict[str, float] = {}
+    """Return those of each call on the rank that took longest; `spans` are by rank."""
+    longest: dict[str, float] = {}
     for of_rank in spans:
         seconds: dict[str, float] = {}
         for span in of_rank:
             seconds[span.kind] = seconds.get(span.kind, 0.0) + span.end - span.start
-        found |= {name: max(found.get(name, 0.0), taken) for name, taken in seconds.items()}
-    return found
+        longest |= {name: max(longest.get(name, 0.0), of_call) for name, of_call in seconds.items()}
+    return longest
 
 
 def metrics_of(schedule: Schedule, spans: Sequence[Sequence[Span]], seconds: float) -> dict[str, float]:
-    """`plan/CALL/predicted` beside `plan/CALL/achieved`, and of the whole iteration, which took `seconds`."""
+    """Return `plan/CALL/predicted` and `plan/CALL/achieved`, also of the whole iteration, which took `seconds`."""
     predicted = predicted_seconds(schedule) | {"iteration": schedule.makespan}
     achieved = achieved_seconds(spans) | {"iteration": seconds}
     return {
@@ -137,7 +138,7 @@ def metrics_of(schedule: Schedule, spans: Sequence[Sequence[Span]], seconds: flo
 
 
 def beside(metrics: Mapping[str, float]) -> str:
-    """What an iteration took, and what was predicted, where something was; for its line of progress."""
+    """Say what an iteration took, and what was predicted, where anything was; for its line of progress."""
     names = "plan/iteration/achieved", "plan/iteration/predicted"
     if names[0] not in metrics:
         return ""
@@ -146,7 +147,7 @@ def beside(metrics: Mapping[str, float]) -> str:
 
 
 def as_data(number: int, schedule: Schedule | None, spans: Sequence[Sequence[Span]]) -> dict[str, Any]:
-    """For the picture: what each rank did in an iteration, and what it was to do; seconds from its beginning."""
+    """Return, for the picture, what each rank did in an iteration, and what was predicted; seconds from its start."""
     intervals = () if schedule is None else schedule.intervals
     return {
         "iteration": number,
@@ -159,23 +160,23 @@ def as_data(number: int, schedule: Schedule | None, spans: Sequence[Sequence[Spa
 
 
 def update_data(of_ranks: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
-    """The same of the newest optimiser step in pipeline stages, in seconds from its beginning; None without stages.
+    """Return the same of the newest optimiser step in pipeline stages, in seconds from its start; None without stages.
 
-    `of_ranks` are by rank, as `StagedRoles.picture` gives them from the beginning of the iteration.
+    `of_ranks` are by rank, as `StagedRoles.picture` gives them from the start of the iteration.
     """
-    told = [each for each in of_ranks if each is not None]
-    if not told:
+    order = next((of_rank["order"] for of_rank in of_ranks if of_rank is not None), None)
+    if order is None:
         return None
-    data: dict[str, Any] = {"order": told[0]["order"]}
+    data: dict[str, Any] = {"order": order}
     for name in ("achieved", "predicted"):
-        passes = [[] if each is None else each[name] for each in of_ranks]
+        passes = [[] if of_rank is None else of_rank[name] for of_rank in of_ranks]
         begun = min((start for of_rank in passes for _, start, _ in of_rank), default=0.0)
         data[name] = [[[kind, start - begun, end - begun] for kind, start, end in of_rank] for of_rank in passes]
     return data
 
 
 class Clock:
-    """Runs from when it is made; `seconds` are by phase, under the names of the metrics."""
+    """Measures from when it is made; `seconds` are by phase, under the names of the metrics."""
 
     def __init__(self) -> None:
         self.begun = time.perf_counter()
@@ -186,7 +187,7 @@ class Clock:
 
     @contextmanager
     def phase(self, metric: str) -> Iterator[None]:
-        """Count the seconds inside; a phase that comes again adds to them."""
+        """Count the seconds inside; a phase that is entered again adds to them."""
         begun = time.perf_counter()
         try:
             yield
@@ -194,11 +195,11 @@ class Clock:
             self.seconds[metric] = self.seconds.get(metric, 0.0) + time.perf_counter() - begun
 
     def elapsed(self) -> float:
-        """Seconds since it was made."""
+        """Return the seconds since it was made."""
         return time.perf_counter() - self.begun
 
     def metrics(self, tokens: int, device: torch.device) -> dict[str, float]:
-        """Seconds by phase, `tokens` generated a second, and this process's peak memory."""
+        """Return the seconds by phase, `tokens` generated a second, and this process's peak memory."""
         seconds = self.elapsed()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         if device.type == "cuda":

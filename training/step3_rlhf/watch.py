@@ -21,7 +21,7 @@ from training.run_directory import read_json, write_json
 from training.stage import Diverged, Stage
 from training.step3_rlhf import ppo_math
 from training.step3_rlhf.experience import Experience, token_batch
-from training.step3_rlhf.places import CallPlace
+from training.step3_rlhf.positions import CallPosition
 from training.step3_rlhf.ppo_math import kl_k3
 from training.step3_rlhf.roles import Roles
 from training.step3_rlhf.rollout import Rollouts
@@ -40,11 +40,11 @@ LENGTH_CHANGE = 3.0
 REPETITION = 0.5
 """Share of the beginning's distinct bigrams that is left."""
 CRITIC_PATIENCE = 10
-"""Iterations in a row in which the critic explains less than a constant."""
+"""Consecutive iterations in which the critic explains less than a constant."""
 LENGTH_CORRELATION, CORRELATION_RISE = 0.5, 0.3
 """Correlation of score and length over the recent past, and how far over that of the beginning."""
 ALIKE, NO_SPREAD = 3, 1e-6
-"""Iterations in a row whose scores do not differ, and a deviation that is none."""
+"""Consecutive iterations whose scores do not differ, and a deviation that is none."""
 CLIPPED = 0.1
 """Share of the scores beyond rlhf.score_clip."""
 PENALTY = 10.0
@@ -64,17 +64,17 @@ class Watch:
         self.said: set[str] = set()
 
     def look(self, metrics: dict[str, float]) -> tuple[dict[str, float], list[str]]:
-        """Metrics of every kind, 1 where it shows in this iteration, else 0 (none of KL where it is not measured); and
-        the sentences of new ones."""
+        """Return a metric of every sign, 1 where it shows in this iteration, else 0 (none of KL where it is not
+        measured); and the sentences of new ones."""
         self.history.append(metrics)
-        found: dict[str, str] = {}
+        signs: dict[str, str] = {}
         if "kl/reference" in metrics:
-            found |= {
+            signs |= {
                 "warning/kl": self._kl(),
                 "warning/kl_far": self._kl_far(metrics),
                 "warning/kl_drift": self._kl_drift(),
             }
-        found |= {
+        signs |= {
             "warning/length": self._length(),
             "warning/repetition": self._repetition(),
             "warning/critic": self._critic(),
@@ -84,9 +84,9 @@ class Watch:
             "warning/end_penalty": self._end_penalty(metrics),
             "warning/truncated": self._truncated(metrics),
         }
-        new = [sentence for name, sentence in found.items() if sentence and name not in self.said]
-        self.said |= {name for name, sentence in found.items() if sentence}
-        return {name: float(bool(sentence)) for name, sentence in found.items()}, new
+        new = [sentence for name, sentence in signs.items() if sentence and name not in self.said]
+        self.said |= {name for name, sentence in signs.items() if sentence}
+        return {name: float(bool(sentence)) for name, sentence in signs.items()}, new
 
     def _values(self, name: str) -> list[float]:
         return [metrics[name] for metrics in self.history if name in metrics]
@@ -101,12 +101,12 @@ class Watch:
         )
 
     def _kl_far(self, metrics: dict[str, float]) -> str:
-        now, each = metrics.get("kl/reference", 0.0), metrics.get("kl/reference_per_token", 0.0)
-        if now < KL_FLOOR or each < KL_PER_TOKEN:
+        now, per_token = metrics.get("kl/reference", 0.0), metrics.get("kl/reference_per_token", 0.0)
+        if now < KL_FLOOR or per_token < KL_PER_TOKEN:
             return ""
         return (
-            f"the policy is {each:.2f} nats a token from the reference ({now:.1f} a response), where a reward says "
-            f"little about it; raise rlhf.kl.coefficient, or bound it with rlhf.kl.stop"
+            f"the policy is {per_token:.2f} nats a token from the reference ({now:.1f} a response), where a reward "
+            f"says little about it; raise rlhf.kl.coefficient, or bound it with rlhf.kl.stop"
         )
 
     def _kl_drift(self) -> str:
@@ -197,17 +197,17 @@ class Watch:
         )
 
     def _beginning(self, name: str) -> tuple[float, float]:
-        """Mean over the first iterations, and the value now; 0 and 0 while it is the beginning."""
+        """Return the mean over the first iterations, and the value now; 0 and 0 while it is the beginning."""
         values = self._values(name)
         return (fmean(values[:WINDOW]), values[-1]) if len(values) > WINDOW else (0.0, 0.0)
 
 
 ITERATION = EVALUATION_ITERATION + 1
-"""Draws of its own: apart from every iteration's and from the comparison's at the end."""
+"""The iteration in its sampling keys: no other iteration's, and not that of the comparison at the end."""
 
 
 class HeldOut:
-    """The prompts of rlhf.eval_every, the same in every evaluation, answered with the same random numbers.
+    """Evaluates on the prompts of rlhf.eval_every, the same each time, answered with the same random numbers.
 
     They are the last of the run's held-out prompts; the comparison at the end takes the first ones.
     """
@@ -221,7 +221,7 @@ class HeldOut:
         self.prompts = [encode_prompt(row, chat_format, limit) for row in self.rows]
 
     def measure(self) -> dict[str, float]:
-        """The present policy's metrics. All ranks call it and get the same. Raises RewardFailed."""
+        """Return the present policy's metrics. All ranks call it and get the same. Raises RewardFailed."""
         begun = time.perf_counter()
         experience = self.rollouts.answers(self.prompts, SamplingKey(self.stage.seed, ITERATION))
         texts = [self.chat_format.decode(e.response.tolist()) for e in experience]
@@ -244,17 +244,17 @@ def encode_prompt(row: dict, chat_format: ChatFormat, max_tokens: int) -> Tensor
 
 
 def rank_within(bound: float, evaluation: Mapping[str, float]) -> tuple[float] | None:
-    """For keep=best: by reward, none where the KL is over the bound. Without a reference it is not measured."""
+    """Rank for keep=best: by reward, None where the KL is over the bound. Without a reference it is not measured."""
     return (evaluation["eval/reward"],) if evaluation.get("eval/kl", 0.0) <= bound else None
 
 
 def mean_kl(experience: list[Experience]) -> float:
-    """To the reference, nats a response (k3)."""
+    """Return that to the reference, nats a response (k3)."""
     return mean([float(kl_k3(e.logprobs, e.reference_logprobs).sum()) for e in experience])
 
 
 def look_at_reward_model(stage: Stage, roles: Roles, chat_format: ChatFormat) -> None:
-    """Say the accuracy: as step 2 found it, else measured, and kept for later starts in reward_accuracy.json.
+    """Say the accuracy: as step 2 measured it, else measured here, and saved for later starts in reward_accuracy.json.
 
     All ranks call it.
     """
@@ -266,44 +266,45 @@ def look_at_reward_model(stage: Stage, roles: Roles, chat_format: ChatFormat) ->
     file = stage.directory.reward_accuracy_file
     known = stage.ranks.tell(file.exists(), "a look at the reward model's accuracy")
     stage.ranks.see(file)
-    found = read_json(file, f"delete {file}") if known else measure(stage, roles, chat_format)
+    measured = read_json(file, f"delete {file}") if known else measure(stage, roles, chat_format)
     if not known and stage.ranks.is_first:
-        write_json(file, found)
-    stage.display.say(sentence(found["accuracy"], found["pairs"]))
+        write_json(file, measured)
+    stage.display.say(sentence(measured["accuracy"], measured["pairs"]))
 
 
 def accuracy_of_step_2(stage: Stage) -> tuple[float, int] | None:
-    """Of the reward model that this run trained, on how many pairs; None of another's, and of an early version."""
+    """Return that of the reward model that this run trained, and on how many pairs; None for another model, or an early
+    version's."""
     step = stage.run.step(REWARD)
     if stage.config.given_model(REWARD) or not (stage.ranks.is_first and step.is_finished):
         return None
-    found = step.read_result().get("reward_accuracy", {}).get("all")
-    return (found["rate"], found["pairs"]) if found else None
+    accuracy = step.read_result().get("reward_accuracy", {}).get("all")
+    return (accuracy["rate"], accuracy["pairs"]) if accuracy else None
 
 
 def measure(stage: Stage, roles: Roles, chat_format: ChatFormat) -> dict[str, float]:
-    """Accuracy on the run's held-out pairs, and how many they are."""
+    """Measure the accuracy on the run's held-out pairs, and count them."""
     file = stage.run.data / "pairs_eval.jsonl"
     stage.ranks.see(file)
     rows = read_rows(file) if file.exists() else []
     pairs = stage.token_pairs(rows[: stage.config.reward.eval_rows], chat_format) if rows else []
-    place, right = roles.places.get(REWARD_SCORE.name), 0.0
+    position, right = roles.positions.get(REWARD_SCORE.name), 0.0
     with roles.scoring(), roles.present([REWARD_SCORE]):
-        shares = shared(pairs, place, stage.config.rlhf.micro_batch_tokens) if pairs and place else []
+        shares = shared(pairs, position, stage.config.rlhf.micro_batch_tokens) if pairs and position else []
         texts = (rows_of([pairs[row] for row in share.rows]) for share in shares)
-        scores = roles.score("reward", [TokenBatch.of(each, stage.ranks.device) for each in texts]) if shares else []
-        for share, found in zip(shares, scores, strict=bool(scores)):
-            chosen, rejected = found.chunk(2)
+        scores = roles.score("reward", [TokenBatch.of(rows, stage.ranks.device) for rows in texts]) if shares else []
+        for share, of_share in zip(shares, scores, strict=bool(scores)):
+            chosen, rejected = of_share.chunk(2)
             right += float((chosen > rejected).sum()) * share.weight
-    speaks = place is not None and place.speaks
+    speaks = position is not None and position.speaks
     right = float(stage.ranks.sum(torch.tensor([right if speaks else 0.0]))[0])
     return {"accuracy": right / max(1, len(pairs)), "pairs": len(pairs)}
 
 
-def shared(pairs: list[TokenPair], place: CallPlace, tokens: int) -> list[MicroBatch]:
-    """This rank's part of the pairs, in micro-batches of so many tokens."""
-    data = place.assignment.layout.data
-    return plan_micro_batches([pair.tokens for pair in pairs], tokens, data)[place.data_rank]
+def shared(pairs: list[TokenPair], position: CallPosition, tokens: int) -> list[MicroBatch]:
+    """Return this rank's part of the pairs, in micro-batches of so many tokens."""
+    data = position.assignment.layout.data
+    return plan_micro_batches([pair.tokens for pair in pairs], tokens, data)[position.data_rank]
 
 
 def sentence(accuracy: float, pairs: float) -> str:
@@ -317,7 +318,7 @@ def sentence(accuracy: float, pairs: float) -> str:
     return (
         f"Warning: the reward model ranks only {accuracy:.1%} of {pairs} held-out pairs right, a coin 50%. PPO will "
         f"follow noise. Stop here (Ctrl-C) and give a better one (rlhf-chat rlhf RUN --reward-model MODEL, with a "
-        f"new RUN), or train step 2 anew in a new run: more pairs, more reward.epochs or reward.max_steps, a "
+        f"new RUN), or train step 2 again in a new run: more pairs, more reward.epochs or reward.max_steps, a "
         f"higher reward.optimizer.learning_rate, or a larger --reward-model; and read twenty "
         f"pairs: can you tell which is chosen? (docs/step2_reward.md)"
     )
@@ -332,10 +333,10 @@ def check_first_update(stage: Stage, roles: Roles, experience: list[Experience])
     """Compare on the shortest micro-batches of every rank; raises Diverged with an explanation where it fails."""
     settings, ranks = stage.config.rlhf, stage.ranks
     whole = settings.min_response_tokens == 0  # else generation drew from a distribution without the end token
-    place, ours = roles.places.get("actor_train"), None
-    if place is not None:
+    position, ours = roles.positions.get("actor_train"), None
+    if position is not None:
         shortest = sorted(experience, key=lambda e: e.length)[: -(-len(experience) // settings.mini_batches)]
-        rows = [shortest[row] for row in place.micro_batches([e.length for e in shortest])[-1].rows]
+        rows = [shortest[row] for row in position.micro_batches([e.length for e in shortest])[-1].rows]
         for of_rows in roles.logprobs([token_batch(rows, ranks.device)]):
             logprobs = of_rows.cpu()
             generated = torch.cat([e.generation_logprobs for e in rows])
@@ -343,8 +344,8 @@ def check_first_update(stage: Stage, roles: Roles, experience: list[Experience])
             difference = float((logprobs - generated).abs().mean()) if whole else 0.0
             error, kl = float(((logprobs - old).exp() - 1).abs().mean()), float(ppo_math.kl_k3(old, logprobs).mean())
             ours = difference, error, kl
-    of_ranks = [each for each in ranks.gather(ours) if each is not None]
-    worst, ratio_error = (max(each[i] for each in of_ranks) for i in (0, 1))
+    of_ranks = [of_rank for of_rank in ranks.gather(ours) if of_rank is not None]
+    worst, ratio_error = (max(of_rank[i] for of_rank in of_ranks) for i in (0, 1))
     tolerance = TOLERANCE[stage.dtype]
     if worst > tolerance or ratio_error > tolerance:
         raise Diverged(
@@ -352,11 +353,11 @@ def check_first_update(stage: Stage, roles: Roles, experience: list[Experience])
             f"average and the policy ratio from 1 by {ratio_error:.2g} (allowed: {tolerance:g}); training on them "
             f"would teach nonsense. Try dtype=fp32, and report the model: this is a bug."
         )
-    found = {"ratio_error": ratio_error, "kl_old": of_ranks[0][2]}
+    checked = {"ratio_error": ratio_error, "kl_old": of_ranks[0][2]}
     if whole:
-        found["generation_logprob_difference"] = worst
+        checked["generation_logprob_difference"] = worst
     if ranks.is_first:  # beside the metrics, not in them: a resumed run has more starts, and equal metrics
-        write_json(stage.directory.path / "first_update.json", found)
+        write_json(stage.directory.path / "first_update.json", checked)
     apart = "equal to the bit" if whole and worst == 0 else f"within {worst:.1e} on average"
     stage.display.say(
         f"PPO: first update checked: ratio 1 within {ratio_error:.1e}, log-probabilities of generation and training "

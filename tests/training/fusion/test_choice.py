@@ -7,10 +7,10 @@ import pytest
 
 from inference.generation.engine import StepWork
 from training.fusion import choice as module
-from training.fusion.board import FusionPolicy
-from training.fusion.choice import Choice, FusionChoice, Setting
+from training.fusion.board import FusionPolicy, SampleLengths
+from training.fusion.choice import FusionChoice, FusionChooser, Setting
 from training.fusion.costs import Costs, LengthStatistics, Measured
-from training.fusion.simulator import Job, SimulatedRollout
+from training.fusion.simulator import SimulatedRollout
 
 SETTING = Setting(
     mode="auto", instances=4, tensor=1, slots=8, samples=32, micro_batch_tokens=512, unit_tokens=64
@@ -27,7 +27,7 @@ LENGTHS = [10] * 28 + [200] * 4
 def a_choice(setting=SETTING, costs=COSTS, **values):
     lengths = LengthStatistics(200)
     lengths.add({0: list(LENGTHS)})
-    return FusionChoice(setting, lengths, costs, prompts=[10], **values)
+    return FusionChooser(setting, lengths, costs, prompts=[10], **values)
 
 
 def test_switched_off():
@@ -83,7 +83,7 @@ def simulated(monkeypatch):
         return SimulatedRollout(seconds.get((policy.threshold, policy.rows), 1.5), 1.0, 1.0, 4)
 
     monkeypatch.setattr(module, "fused_from", fused_from)
-    monkeypatch.setattr(module, "serial", lambda shares, machine: SimulatedRollout(2.0, 1.0, 1.0, 4))
+    monkeypatch.setattr(module, "serial", lambda shares, config: SimulatedRollout(2.0, 1.0, 1.0, 4))
     return seconds
 
 
@@ -98,7 +98,7 @@ def test_the_best_of_the_grid_is_taken(simulated):
 @pytest.mark.parametrize(("kept_seconds", "threshold"), [(1.0, 16), (1.019, 16), (1.021, 8)])
 def test_the_threshold_stays_unless_another_is_two_percent_better(simulated, kept_seconds, threshold):
     simulated |= {(8, 8): 1.0, (16, 8): kept_seconds}
-    fusion = a_choice(current=Choice(FusionPolicy(16, 8, 123.0, 64), "it was best"))
+    fusion = a_choice(current=FusionChoice(FusionPolicy(16, 8, 123.0, 64), "it was best"))
     choice = fusion.choose(5)
     assert choice.policy.threshold == threshold
     assert choice.expected == pytest.approx(kept_seconds if threshold == 16 else 1.0)
@@ -107,7 +107,7 @@ def test_the_threshold_stays_unless_another_is_two_percent_better(simulated, kep
 
 def test_a_threshold_that_stopped_paying_goes(simulated):
     simulated |= {(threshold, rows): 1.99 for threshold in range(33) for rows in (4, 8)}
-    choice = a_choice(current=Choice(FusionPolicy(16, 8, 1.0, 64), "it was best")).choose(5)
+    choice = a_choice(current=FusionChoice(FusionPolicy(16, 8, 1.0, 64), "it was best")).choose(5)
     assert choice.policy is None
     assert choice.reason == "it would save 0.5%"
 
@@ -128,7 +128,7 @@ def test_a_choice_stands_until_lengths_drift():
 def test_a_restored_choice_goes_on_alike(setting, drifts):
     fusion = a_choice(setting, replace(COSTS, score=(0.0, 4e-4)))
     first = fusion.next(3)
-    restored = FusionChoice(setting, LengthStatistics(200))
+    restored = FusionChooser(setting, LengthStatistics(200))
     restored.restore(json.loads(json.dumps(fusion.as_dict())))
     if drifts:
         for each in (fusion, restored):
@@ -141,7 +141,7 @@ def test_a_restored_choice_goes_on_alike(setting, drifts):
 def test_costs_and_policies_of_other_instances_are_forgotten_and_lengths_are_not(other):
     fusion = a_choice(replace(SETTING, mode="inter"))
     assert fusion.next(3).policy.rows > 0
-    restored = FusionChoice(replace(fusion.setting, **other), LengthStatistics(200))
+    restored = FusionChooser(replace(fusion.setting, **other), LengthStatistics(200))
     restored.restore(json.loads(json.dumps(fusion.as_dict())))
     assert restored.costs is restored.current is None
     assert restored.lengths.recent == fusion.lengths.recent and restored.prompts == fusion.prompts
@@ -149,12 +149,12 @@ def test_costs_and_policies_of_other_instances_are_forgotten_and_lengths_are_not
 
 
 def test_restored_before_the_first_choice():
-    restored = FusionChoice(SETTING, LengthStatistics(200))
-    restored.restore(json.loads(json.dumps(FusionChoice(SETTING, LengthStatistics(200)).as_dict())))
-    assert restored.next(0) == Choice(None, "costs are being measured")
+    restored = FusionChooser(SETTING, LengthStatistics(200))
+    restored.restore(json.loads(json.dumps(FusionChooser(SETTING, LengthStatistics(200)).as_dict())))
+    assert restored.next(0) == FusionChoice(None, "costs are being measured")
 
 
-SHARES = [[Job(index, 10, 20) for index in range(place, 32, 4)] for place in range(4)]
+SHARES = [[SampleLengths(index, 10, 20) for index in range(place, 32, 4)] for place in range(4)]
 
 
 def measured(costs):
@@ -173,7 +173,7 @@ SLOW = replace(COSTS, step=(2 * STEP, 3 * STEP), score=(0.0, 8e-5))
 
 def test_the_first_rollout_is_not_learnt_from_but_its_lengths_are():
     """Cold code: nothing of its seconds is kept, and they do not make known costs wrong."""
-    fusion = FusionChoice(SETTING, LengthStatistics(200))
+    fusion = FusionChooser(SETTING, LengthStatistics(200))
     assert fusion.next(0).reason == "costs are being measured"
     assert learn(fusion, SLOW, achieved=9.0) == 0
     assert (fusion.costs, len(fusion.measured)) == (None, 0)
@@ -205,9 +205,9 @@ def test_what_is_predicted_follows_the_present_choice():
     """No fusion, by hand: a prefill and 19 decode steps, then 8 samples of 30 tokens scored on each rank."""
     fusion = a_choice()
     assert fusion.predict(SHARES) == 0, "nothing is chosen yet"
-    fusion.current = Choice(None, "off")
+    fusion.current = FusionChoice(None, "off")
     assert fusion.predict(SHARES) == pytest.approx(20 * STEP + 240 * 4e-5)
-    fusion.current = Choice(FusionPolicy(0, 8, 1.0, 64, interleaves=True), "asked for")
+    fusion.current = FusionChoice(FusionPolicy(0, 8, 1.0, 64, interleaves=True), "asked for")
     assert fusion.predict(SHARES) == pytest.approx(20 * STEP + 240 * 4e-5)
 
 

@@ -2,7 +2,7 @@
 
 import json
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -41,7 +41,7 @@ def test_the_cache_moves_where_that_is_faster_than_a_new_prefill():
 
 
 def test_costs_from_a_checkpoint_are_the_same():
-    assert Costs.from_dict(json.loads(json.dumps(COSTS.as_dict()))) == COSTS
+    assert Costs.from_dict(json.loads(json.dumps(asdict(COSTS)))) == COSTS
 
 
 TRUE = Costs(

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from training.fusion.costs import KEPT, LengthStatistics, deal
+from training.fusion.costs import MOST_RECENT, LengthStatistics, deal
 
 
 def statistics(lengths, longest=10):
@@ -36,7 +36,7 @@ def test_a_prompt_is_expected_to_be_answered_as_it_was_last_time():
 
 def test_only_the_newest_lengths_count():
     known = statistics({0: [9] * 10})
-    known.add({1: [2] * KEPT})
+    known.add({1: [2] * MOST_RECENT})
     assert known.mean == 2
     assert known.remaining(0) == 2
 

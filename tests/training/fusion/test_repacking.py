@@ -1,6 +1,6 @@
 """Which instances keep the tail, and which samples go where: all by hand."""
 
-from training.fusion.board import FusionPolicy, Repacking, SampleMove, Unfinished, decide
+from training.fusion.board import FusionPolicy, Repacking, SampleLengths, SampleMove, decide
 
 
 def policy(threshold, rows):
@@ -9,7 +9,7 @@ def policy(threshold, rows):
 
 def samples(*responses, first=0, prompt=10):
     """Indices from `first` on."""
-    return [Unfinished(first + place, prompt, response) for place, response in enumerate(responses)]
+    return [SampleLengths(first + place, prompt, response) for place, response in enumerate(responses)]
 
 
 def to_come(response):
@@ -41,10 +41,10 @@ def test_longest_first_to_the_keeper_with_the_fewest_samples_then_tokens():
     """Keepers 0 (two samples, 100 tokens in sum) and 3 (one, 50). Of 40, 30 and 20 tokens, 40 goes to 3 (fewer
     samples), 30 to 3 or 0 by tokens: 90 against 100, so 3; 20 to 0 (two samples against three)."""
     left = {
-        0: [Unfinished(0, 10, 40), Unfinished(1, 10, 40)],
-        1: [Unfinished(2, 10, 10), Unfinished(3, 10, 20)],
-        2: [Unfinished(4, 20, 20)],
-        3: [Unfinished(5, 50, 0)],
+        0: [SampleLengths(0, 10, 40), SampleLengths(1, 10, 40)],
+        1: [SampleLengths(2, 10, 10), SampleLengths(3, 10, 20)],
+        2: [SampleLengths(4, 20, 20)],
+        3: [SampleLengths(5, 50, 0)],
     }
     to_come = {40: 90, 0: 90}  # the others have next to nothing
     repacking = decide(left, policy(threshold=6, rows=3), lambda response: to_come.get(response, 1))

@@ -17,7 +17,7 @@ from inference.generation.sampler import Sample
 from training.fusion import rollout as module
 from training.fusion.board import Board, FusionPolicy, Timeline
 from training.fusion.choice import NOMINAL, NOMINAL_TICK
-from training.fusion.rollout import FusedRollout, Place
+from training.fusion.rollout import FusedRollout, RankPosition
 from training.hybrid_engine.layout import Layout
 
 PATIENCE = 60.0
@@ -112,15 +112,15 @@ def run_all(monkeypatch, lengths: list[list[int]], policy: FusionPolicy, tensor:
     shares = [[(next(indices), length) for length in share] for share in lengths]
     rollouts: list[Any] = []
     for rank in range(len(lengths) * tensor):
-        place = Place(rank, layout)
-        decoding: Any = Decoding([Sample(i, prompts[i], limit) for i, limit in shares[place.instance]])
-        aside: Any = SimpleNamespace(found=[], is_busy=lambda: False)
-        aside.start = lambda samples, aside=aside: aside.found.extend(samples)
-        aside.collect = lambda aside=aside: [aside.found.pop() for _ in list(aside.found)]
+        position = RankPosition(rank, layout)
+        decoding: Any = Decoding([Sample(i, prompts[i], limit) for i, limit in shares[position.instance]])
+        background: Any = SimpleNamespace(found=[], is_busy=lambda: False)
+        background.start = lambda samples, background=background: background.found.extend(samples)
+        background.collect = lambda background=background: [background.found.pop() for _ in list(background.found)]
         rollouts.append(
             FusedRollout(
-                place, decoding, prompts, CountingBoard(store, asked), policy, NOMINAL, lambda tokens: 1.0,
-                lambda tokens: True, aside, Timeline(),
+                position, decoding, prompts, CountingBoard(store, asked), policy, NOMINAL, lambda tokens: 1.0,
+                lambda tokens: True, background, Timeline(),
             )
         )  # fmt: skip
     failed: list[BaseException] = []

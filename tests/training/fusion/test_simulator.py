@@ -9,13 +9,13 @@ import pytest
 
 from inference.generation.engine import PREFILL_TOKENS
 from training.fusion import simulator
-from training.fusion.board import FusionPolicy
+from training.fusion.board import FusionPolicy, SampleLengths
 from training.fusion.costs import Costs
-from training.fusion.simulator import DecodingInstance, Job, Machine, fused, handed_out, serial
+from training.fusion.simulator import DecodingInstance, SimulatorConfig, fused, handed_out, serial
 
 COSTS = Costs(rows=(1,), step=(1.0,), per_context=0.0, prefill=(2.0, 0.5), score=(3.0, 0.25))
 """Round numbers, for figures by hand."""
-MACHINE = Machine(COSTS, slots=16)
+CONFIG = SimulatorConfig(COSTS, slots=16)
 FLAT = Costs(rows=(1,), step=(1.0,), per_context=0.0, prefill=(0.0, 0.0), score=(0.0, 1e-6))
 """Decoding alone costs anything, and a step of many rows no more than one of few."""
 
@@ -29,15 +29,17 @@ def never_ends(tokens):
     return 1.0
 
 
-def jobs(*responses, prompt=4, first=0):
-    return [Job(first + place, prompt, response) for place, response in enumerate(responses)]
+def samples(*responses, prompt=4, first=0):
+    return [SampleLengths(first + place, prompt, response) for place, response in enumerate(responses)]
 
 
 def random_shares(seed, instances=6, each=8, longest=120):
     """Lognormal lengths, dealt out one by one."""
     drawn = random.Random(seed)
     made = [
-        Job(index, drawn.randint(1, 40), min(longest, max(1, round(drawn.lognormvariate(math.log(longest / 8), 0.9)))))
+        SampleLengths(
+            index, drawn.randint(1, 40), min(longest, max(1, round(drawn.lognormvariate(math.log(longest / 8), 0.9))))
+        )
         for index in range(instances * each)
     ]
     return [made[place::instances] for place in range(instances)]
@@ -45,7 +47,7 @@ def random_shares(seed, instances=6, each=8, longest=120):
 
 def to_come(shares):
     """Mean tokens to come over these very lengths."""
-    lengths = [job.response for share in shares for job in share]
+    lengths = [sample.response for share in shares for sample in share]
 
     def remaining(tokens):
         longer = [length for length in lengths if length > tokens]
@@ -56,15 +58,15 @@ def to_come(shares):
 
 def test_one_instance_without_a_tail():
     """Two prompts of 4 tokens: 2 + 8/2 s, each with its first token; 4 steps of 1 s; 18 tokens scored: 3 + 18/4 s."""
-    outcome = serial([jobs(5, 5)], MACHINE)
+    outcome = serial([samples(5, 5)], CONFIG)
     assert (outcome.generated, outcome.seconds) == (10, 17.5)
-    attending = replace(MACHINE, costs=replace(COSTS, per_context=0.125))
-    assert serial([jobs(5, 5)], attending).generated == 10 + 0.125 * 2 * (4 + 5 + 6 + 7)
+    attending = replace(CONFIG, costs=replace(COSTS, per_context=0.125))
+    assert serial([samples(5, 5)], attending).generated == 10 + 0.125 * 2 * (4 + 5 + 6 + 7)
 
 
 def test_serial_is_generation_and_then_scoring():
     """Instances end after 2 + 2 + 9 and 2 + 2 + 1 s. 14 + 6 tokens are scored: 3 + 14/4 s beside 3 + 6/4 s."""
-    outcome = serial([jobs(10), jobs(2, first=1)], MACHINE)
+    outcome = serial([samples(10), samples(2, first=1)], CONFIG)
     assert (outcome.generated, outcome.seconds) == (13, 13 + 6.5)
     assert outcome.busy == 13 + 5 + 6.5 + 4.5
     assert outcome.idle == (13 - 5) + (6.5 - 4.5)
@@ -77,7 +79,7 @@ def test_serial_is_generation_and_then_scoring():
 def test_with_fusion_the_instance_that_ends_first_scores_at_once():
     """As above: the second instance scores its own sample from 5 to 9.5 s, the first one its own from 13 to 19.5 s...
     unless the second one is free first, which it is; nobody waits for the end of generation."""
-    outcome = fused([jobs(10), jobs(2, first=1)], MACHINE, policy(), never_ends)
+    outcome = fused([samples(10), samples(2, first=1)], CONFIG, policy(), never_ends)
     assert (outcome.generated, outcome.seconds, outcome.moved, outcome.repackings) == (13, 19.5, 0, 0)
     assert [[(span.kind, span.start, span.end) for span in rank] for rank in outcome.spans] == [
         [("generate", 0, 13)],
@@ -91,8 +93,8 @@ def test_a_tail_is_gathered_at_the_tick_by_hand():
     """Three instances, one sample of 40 tokens each, two of them with one of 2 as well; steps of 1 s, no other costs.
     At tick 1 (4 s) three are unfinished and it is decided; at tick 2 (8 s) two are given away, with 9 tokens each; the
     keeper takes them at tick 3 (12 s, 13 tokens of its own) and the last token is drawn 31 steps later."""
-    shares = [jobs(40), jobs(40, 2, first=1), jobs(40, 2, first=3)]
-    outcome = fused(shares, Machine(FLAT, slots=8), policy(threshold=3, rows=3), never_ends)
+    shares = [samples(40), samples(40, 2, first=1), samples(40, 2, first=3)]
+    outcome = fused(shares, SimulatorConfig(FLAT, slots=8), policy(threshold=3, rows=3), never_ends)
     assert (outcome.repackings, outcome.moved) == (1, 2)
     assert outcome.generated == 12 + 31
     assert [rank[0].end for rank in outcome.spans] == [43, 8, 8]
@@ -101,8 +103,8 @@ def test_a_tail_is_gathered_at_the_tick_by_hand():
 def test_a_moved_sample_is_never_taken_before_it_was_given_away():
     """The keeper's own sample ends at 5 s, after the decision at 4 s; the other one leaves its instance at 8 s with 9
     of 40 tokens, so that it cannot end before 8 + 31 s."""
-    shares = [jobs(6), jobs(40, first=1)]
-    outcome = fused(shares, Machine(FLAT, slots=8), policy(threshold=2, rows=2), never_ends)
+    shares = [samples(6), samples(40, first=1)]
+    outcome = fused(shares, SimulatorConfig(FLAT, slots=8), policy(threshold=2, rows=2), never_ends)
     assert outcome.moved == 1
     assert outcome.generated >= 8 + 31
 
@@ -110,11 +112,11 @@ def test_a_moved_sample_is_never_taken_before_it_was_given_away():
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_busy_and_idle_seconds_fill_the_time_of_all_ranks(tensor):
     shares = random_shares(3)
-    machine = replace(MACHINE, tensor=tensor, costs=replace(COSTS, prefill=(0.5, 0.01), score=(0.5, 0.02)))
+    config = replace(CONFIG, tensor=tensor, costs=replace(COSTS, prefill=(0.5, 0.01), score=(0.5, 0.02)))
     for outcome in (
-        serial(shares, machine),
-        fused(shares, machine, policy(), to_come(shares)),
-        fused(shares, machine, policy(threshold=12), to_come(shares)),
+        serial(shares, config),
+        fused(shares, config, policy(), to_come(shares)),
+        fused(shares, config, policy(threshold=12), to_come(shares)),
     ):
         assert outcome.ranks == len(outcome.spans) == 6 * tensor
         spent = sum(span.end - span.start for rank in outcome.spans for span in rank)
@@ -129,8 +131,8 @@ def test_busy_and_idle_seconds_fill_the_time_of_all_ranks(tensor):
 def test_threshold_0_never_moves_a_sample(seed):
     shares = random_shares(seed)
     costs = replace(COSTS, rows=(1, 8), step=(1.0, 2.0), per_context=1e-3)
-    machine = Machine(costs, slots=8)
-    without, outcome = serial(shares, machine), fused(shares, machine, policy(), to_come(shares))
+    config = SimulatorConfig(costs, slots=8)
+    without, outcome = serial(shares, config), fused(shares, config, policy(), to_come(shares))
     assert (outcome.moved, outcome.repackings) == (0, 0)
     assert outcome.generated == pytest.approx(without.generated)
 
@@ -139,9 +141,9 @@ def test_threshold_0_never_moves_a_sample(seed):
 @pytest.mark.parametrize("threshold", [0, 6, 16, 24, 40])
 def test_with_scoring_that_is_cheap_fusion_costs_ticks_at_most(seed, threshold):
     """A sample that moves loses the time between two ticks and a step, at each repacking."""
-    shares, machine, tick = random_shares(seed), Machine(FLAT, slots=64), 4.0
-    outcome = fused(shares, machine, policy(threshold, 8, tick), to_come(shares))
-    assert outcome.seconds <= serial(shares, machine).seconds + outcome.repackings * (tick + 2) + 0.01
+    shares, config, tick = random_shares(seed), SimulatorConfig(FLAT, slots=64), 4.0
+    outcome = fused(shares, config, policy(threshold, 8, tick), to_come(shares))
+    assert outcome.seconds <= serial(shares, config).seconds + outcome.repackings * (tick + 2) + 0.01
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -149,9 +151,9 @@ def test_with_scoring_that_is_cheap_fusion_costs_ticks_at_most(seed, threshold):
 def test_the_speed_up_is_at_most_1_plus_score_over_generate(seed, threshold):
     """Where rows are free and samples do not wait for slots, no order of work can end before the longest sample."""
     shares, costs = random_shares(seed), replace(FLAT, score=(0.5, 0.1), prefill=(1.0, 1e-3))
-    machine = Machine(costs, slots=64)
-    without = serial(shares, machine)
-    outcome = fused(shares, machine, policy(threshold, 8), to_come(shares))
+    config = SimulatorConfig(costs, slots=64)
+    without = serial(shares, config)
+    outcome = fused(shares, config, policy(threshold, 8), to_come(shares))
     bound = 1 + (without.seconds - without.generated) / without.generated
     assert without.seconds / outcome.seconds <= bound * (1 + 1e-9)
     assert bound > 1.2, "there was something to gain"
@@ -164,8 +166,8 @@ def test_more_bandwidth_never_hurts(seed):
     costs = replace(COSTS, prefill=(0.0, 0.2), score=(0.0, 1e-3), cache_bytes=100)
     seconds = []
     for bandwidth in (1.0, 200.0, 500.0, 1000.0, 1e4, 1e9):
-        machine = Machine(replace(costs, bandwidth=bandwidth), slots=64)
-        outcome = fused(shares, machine, policy(16, 16, tick=5.0), to_come(shares))
+        config = SimulatorConfig(replace(costs, bandwidth=bandwidth), slots=64)
+        outcome = fused(shares, config, policy(16, 16, tick=5.0), to_come(shares))
         assert outcome.moved
         seconds.append(outcome.seconds)
     assert seconds == sorted(seconds, reverse=True)
@@ -175,18 +177,23 @@ def test_more_bandwidth_never_hurts(seed):
 def test_ended_samples_are_handed_out_at_the_first_tick_once_somebody_scores():
     """Samples of 8 tokens end at 1 and 6 s, one of 24 at 50 s; from 10 s on there are ranks that score. What is there
     goes out at 10 s, the rest when the instance ends."""
-    instance = DecodingInstance([], MACHINE)
+    instance = DecodingInstance([], CONFIG)
     instance.clock = 50.0
-    instance.ended = [(1.0, Job(0, 4, 4)), (6.0, Job(1, 4, 4)), (50.0, Job(2, 4, 20))]
+    instance.ended = [(1.0, SampleLengths(0, 4, 4)), (6.0, SampleLengths(1, 4, 4)), (50.0, SampleLengths(2, 4, 20))]
     units = handed_out(instance, 10.0, policy(unit_tokens=8))
     assert [(time, tokens) for time, _, tokens in units] == [(10, 8), (10, 8), (50, 24)]
 
 
 def test_half_a_unit_waits_for_more():
     """Units of 16 tokens: 8 + 8 make one at 10 s, the third sample waits though 8 is just half; it is not less."""
-    instance = DecodingInstance([], MACHINE)
+    instance = DecodingInstance([], CONFIG)
     instance.clock = 13.0
-    instance.ended = [(1.0, Job(0, 4, 4)), (2.0, Job(1, 4, 4)), (3.0, Job(2, 4, 3)), (13.0, Job(3, 4, 4))]
+    instance.ended = [
+        (1.0, SampleLengths(0, 4, 4)),
+        (2.0, SampleLengths(1, 4, 4)),
+        (3.0, SampleLengths(2, 4, 3)),
+        (13.0, SampleLengths(3, 4, 4)),
+    ]
     units = handed_out(instance, 10.0, policy(unit_tokens=16))
     assert [(time, tokens) for time, _, tokens in units] == [(10, 16), (13, 15)]
     assert [(time, tokens) for time, _, tokens in handed_out(instance, math.inf, policy(unit_tokens=16))] == [
@@ -198,23 +205,23 @@ def test_half_a_unit_waits_for_more():
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("threshold", [0, 12, 30])
 def test_no_tick_is_skipped_at_which_something_is_decided(seed, threshold, monkeypatch):
-    shares, machine = random_shares(seed), Machine(COSTS, slots=4)  # a prefill takes many ticks
+    shares, config = random_shares(seed), SimulatorConfig(COSTS, slots=4)  # a prefill takes many ticks
     asked = policy(threshold, 4, tick=5.3)
-    outcome = fused(shares, machine, asked, to_come(shares))
+    outcome = fused(shares, config, asked, to_come(shares))
     monkeypatch.setattr(simulator, "first_tick", lambda active, ends, policy: 1)
-    assert fused(shares, machine, asked, to_come(shares)) == outcome
+    assert fused(shares, config, asked, to_come(shares)) == outcome
 
 
-def step_by_step(share, machine, until):
+def step_by_step(share, config, until):
     """A second implementation of `Instance.advance`: one step at a time. Returns clock, ends by index, tokens by index
     of what is left."""
-    costs, clock, ends = machine.costs, 0.0, {}
-    tokens = {job.index: 0 for job in share}
-    by_index = {job.index: job for job in share}
-    queue, running = [job.index for job in share], []
+    costs, clock, ends = config.costs, 0.0, {}
+    tokens = {sample.index: 0 for sample in share}
+    by_index = {sample.index: sample for sample in share}
+    queue, running = [sample.index for sample in share], []
     while (queue or running) and clock < until:
         admitted = []
-        while queue and len(running) + len(admitted) < machine.slots:
+        while queue and len(running) + len(admitted) < config.slots:
             prompts = sum(by_index[index].prompt for index in [*admitted, queue[0]])
             if admitted and prompts > PREFILL_TOKENS:
                 break
@@ -241,15 +248,15 @@ def test_steps_summed_in_closed_form_are_those_made_one_by_one(seed):
     """With few slots, prompts that do not all fit one prefill, and stops in the middle."""
     drawn = random.Random(seed)
     costs = Costs((1, 2, 5), (1.0, 1.25, 2.0), per_context=1e-4, prefill=(0.75, 1e-3), score=(0.0, 1.0))
-    machine = Machine(costs, slots=drawn.randint(1, 6))
+    config = SimulatorConfig(costs, slots=drawn.randint(1, 6))
     share = [
-        Job(index, drawn.choice([1, 20, 1500, 5000]), drawn.choice([1, 2, 7, 30, drawn.randint(1, 200)]))
+        SampleLengths(index, drawn.choice([1, 20, 1500, 5000]), drawn.choice([1, 2, 7, 30, drawn.randint(1, 200)]))
         for index in range(drawn.randint(1, 14))
     ]
-    instance = DecodingInstance(share, machine)
+    instance = DecodingInstance(share, config)
     for until in [*sorted(drawn.uniform(0, 300) for _ in range(6)), math.inf]:
         instance.advance(until)
-        clock, ends, left = step_by_step(share, machine, until)
+        clock, ends, left = step_by_step(share, config, until)
         assert instance.clock == pytest.approx(clock, rel=1e-9)
-        assert {job.index: time for time, job in instance.ended} == pytest.approx(ends, rel=1e-9)
+        assert {sample.index: time for time, sample in instance.ended} == pytest.approx(ends, rel=1e-9)
         assert {sample.index: sample.response for sample in instance.left} == left

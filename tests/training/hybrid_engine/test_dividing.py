@@ -29,7 +29,7 @@ def divide_what_the_first_rank_read(ranks, directory):
     """Largest differences from a model that this rank has read itself, before and after an update."""
     from tests.inference.tensor_parallel.families import build
     from training.data.batching import TokenBatch
-    from training.hybrid_engine.kept_weights import freeze
+    from training.hybrid_engine.stored_weights import freeze
     from training.hybrid_engine.zero_engine import ZeroEngine
     from training.models.loading import load_causal_lm, load_scorer
     from training.models.policy import Policy, Scorer

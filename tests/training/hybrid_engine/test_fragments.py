@@ -13,7 +13,7 @@ from tests.ranks import run_ranks
 from tests.training.hybrid_engine.test_moving_average import look, train
 from training.checkpoints import Checkpoints
 from training.distributed import Ranks
-from training.hybrid_engine.fragments import Fragment, Written, write_fragments
+from training.hybrid_engine.fragments import Fragment, FragmentReader, write_fragments
 
 KINDS = {
     "fp32": {},
@@ -61,16 +61,16 @@ def go_on_everywhere(ranks, directory) -> list[dict]:
 
 
 def go_on(ranks, directory, kind: str, way: int, turn: int) -> dict:
-    from training.hybrid_engine.kept_weights import KeptWeights, MovingAverage
+    from training.hybrid_engine.stored_weights import MovingAverage, WeightsBackup
 
     engine = make(ranks, directory / "tiny", kind, STAGES[way][turn])
     average = MovingAverage(engine, 0.5)
     at, before = directory / f"{turn} {kind} {way}", directory / f"{turn - 1} {kind} {way}"
     by_kept = None
     if turn:
-        kept = KeptWeights(engine, average)
-        kept.load(before / "kept")
-        kept.put_back()
+        backup = WeightsBackup(engine, average)
+        backup.load(before / "kept")
+        backup.put_back()
         by_kept = said(ranks, engine, average)
         average = MovingAverage(engine, 0.5)
         engine.load(before / "trained")
@@ -83,7 +83,7 @@ def go_on(ranks, directory, kind: str, way: int, turn: int) -> dict:
         average.update()
     engine.save(at / "trained")
     average.save(at / "ema")
-    KeptWeights(engine, average).save_present(at / "kept")
+    WeightsBackup(engine, average).save_present(at / "kept")
     return {
         "kept": by_kept,
         "opened": opened,
@@ -161,7 +161,7 @@ def write_some(directory, count: int = 1000, dtype=torch.float32) -> None:
 def test_bytes_that_are_asked_for_are_read_and_no_others(tmp_path):
     write_some(tmp_path)
     flat = torch.full((20,), -1.0)
-    Written(tmp_path).read([Fragment("a:b", 1000, 495, 10, 0, 5)], {"weight": [flat]})
+    FragmentReader(tmp_path).read([Fragment("a:b", 1000, 495, 10, 0, 5)], {"weight": [flat]})
     assert flat.tolist() == [-1.0] * 5 + [float(value) for value in range(495, 505)] + [-1.0] * 5
 
 
@@ -186,7 +186,7 @@ def test_what_is_damaged_or_of_another_model_is_a_sentence(tmp_path, damage, sai
     damage(place)
     with pytest.raises(UserError, match=rf"damaged or of another model \(.*{re.escape(said)}.*\); delete .*/c/7 to go"):
         with checkpoints.reading(place):
-            Written(place).read([Fragment("a:b", 1000, 0, 1000, 0, 0)], {"weight": [torch.zeros(1000)]})
+            FragmentReader(place).read([Fragment("a:b", 1000, 0, 1000, 0, 0)], {"weight": [torch.zeros(1000)]})
 
 
 def cut(file) -> None:

@@ -104,7 +104,7 @@ def all_pairs(ranks, directory):
     """Of weights that the first rank has: into each layout, and from there into each other one; then once more, after
     those that are trained have changed."""
     from tests.inference.tensor_parallel.families import build, randomise
-    from training.hybrid_engine.reallocation import Reallocation, here, tensor_parallel_of, weights_of
+    from training.hybrid_engine.reallocation import Reallocation, on_rank, tensor_parallel_of, weights_of
     from training.hybrid_engine.transfers import transfers
 
     parts = {layout: tensor_parallel_of(layout) for layout in layouts()}
@@ -141,7 +141,7 @@ def all_pairs(ranks, directory):
                 is_target = ranks.rank in target.mesh
                 assert (module is None) == (not is_target) == (not held)
                 equal = {
-                    weight.name: torch.equal(here(held[weight.name]).flatten()[: len(part)], part)
+                    weight.name: torch.equal(on_rank(held[weight.name]).flatten()[: len(part)], part)
                     for weight in weights_to[target]
                     if is_target
                     for part in [expected(wholes[weight.name], weight, target, ranks.rank)]

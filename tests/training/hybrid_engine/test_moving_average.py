@@ -55,7 +55,7 @@ def look(ranks, engine, average) -> list[torch.Tensor]:
 
 def average_everywhere(ranks, directory):
     from inference.families import build_tiny_model
-    from training.hybrid_engine.kept_weights import KeptWeights, MovingAverage
+    from training.hybrid_engine.stored_weights import MovingAverage, WeightsBackup
 
     model = directory / "tiny"
     if ranks.is_first:
@@ -81,14 +81,14 @@ def average_everywhere(ranks, directory):
         average.save(place / "ema")
         ranks.barrier()
         shards = sum(part.numel() for part in average.averages)
-        kept, before = KeptWeights(engine, average), look(ranks, engine, average)
-        kept.keep()
+        backup, before = WeightsBackup(engine, average), look(ranks, engine, average)
+        backup.store()
 
         train(ranks, engine, UPDATES)  # one that nobody stopped, and one that goes on from what was saved
         average.update()
         expected = average.weights()
         moved = look(ranks, engine, average)
-        kept.put_back()
+        backup.put_back()
         back = look(ranks, engine, average)
         engine.load(place / "engine")
         average.load(place / "ema")

@@ -96,9 +96,9 @@ def switch_after_steps(ranks, directory):
 
 def switch_frozen_roles(ranks, directory):
     from tests.inference.tensor_parallel.families import build
-    from training.hybrid_engine.kept_weights import freeze
     from training.hybrid_engine.layout import Layout
     from training.hybrid_engine.reallocation import Reallocation, tensor_parallel_of
+    from training.hybrid_engine.stored_weights import freeze
     from training.models.policy import Scorer
     from training.role_settings import FrozenSettings
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from training.hybrid_engine.kept_weights import WaitingWeights
+from training.hybrid_engine.stored_weights import WaitingWeights
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

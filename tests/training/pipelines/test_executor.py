@@ -21,7 +21,7 @@ from training.pipelines.orders import (
     serial,
     timeline,
 )
-from training.planner.fusion.instance import FORWARD, Instance, Pipeline
+from training.planner.fusion.problem import FORWARD, Pipeline, SchedulingProblem
 from training.planner.fusion.search import find_schedule
 
 MESHES = {
@@ -62,13 +62,13 @@ def forwards_first(roles):
 
 def fused_orders(roles):
     a, b = (Pipeline(each.stages, each.micro_batches, 2, 4, 1) for each in roles.values())
-    return fused(roles, find_schedule(Instance(a, b), effort=20_000).schedule)
+    return fused(roles, find_schedule(SchedulingProblem(a, b), effort=20_000).schedule)
 
 
 def cases(size):
     fusing = {name: roles_of(*mesh) for name, mesh in MESHES.items()}
     for name, roles in (fusing | APART).items():
-        if max(rank for each in roles.values() for rank in each.places) == size - 1:
+        if max(rank for each in roles.values() for rank in each.positions) == size - 1:
             found = orders_of(roles)
             if name in fusing:
                 found["fused"] = fused_orders(roles)
@@ -85,13 +85,15 @@ def compute_everything(ranks, directory):
         models = {role: Layers(each, seed) for seed, (role, each) in enumerate(roles.items())}
         whole = {role: [models[role].whole(line) for line in range(len(each.ranks))] for role, each in roles.items()}
         for kind, orders in found.items():
-            works = {role: models[role].work(ranks.rank) for role, each in roles.items() if ranks.rank in each.places}
+            works = {
+                role: models[role].work(ranks.rank) for role, each in roles.items() if ranks.rank in each.positions
+            }
             events = []
             execute(orders, ranks.rank, works, links, events)
             if [event.operation for event in events] != list(orders.by_rank.get(ranks.rank, ())):
                 wrong.append(f"{name}, {kind}: sequence")
             for role, work in works.items():
-                line, stage = roles[role].places[ranks.rank]
+                line, stage = roles[role].positions[ranks.rank]
                 expected = whole[role][line][2 * stage : 2 * stage + 2]
                 if work.alive or not all(map(torch.equal, work.gradients(), expected)):
                     wrong.append(f"{name}, {kind}: gradients of {role}")
@@ -160,7 +162,7 @@ def test_two_llamas_in_one_process(size):
     }
     whole = {role: [models[role].whole(line) for line in range(len(each.ranks))] for role, each in roles.items()}
     for kind, orders in (orders_of(roles) | {"fused": fused_orders(roles)}).items():
-        works = {(rank, role): models[role].work(rank) for role, each in roles.items() for rank in each.places}
+        works = {(rank, role): models[role].work(rank) for role, each in roles.items() for rank in each.positions}
         play(orders, works, lambda rank, operation: 1.0)
         for role, each in roles.items():
             for line, ranks in enumerate(each.ranks):
@@ -172,29 +174,29 @@ def test_two_llamas_in_one_process(size):
 
 
 @pytest.mark.parametrize("row", read_rows(FILE), ids=lambda row: row.name)
-def test_a_published_instance_is_computed_as_it_was_found(row):
+def test_a_published_problem_is_computed_as_it_was_found(row):
     """All devices in this process: the gradients of serial order, the events and the memory of the schedule."""
-    instance = row.instance
-    schedule = find_schedule(instance, effort=40_000).schedule
-    line = range(instance.devices)
+    problem = row.problem
+    schedule = find_schedule(problem, effort=40_000).schedule
+    line = range(problem.devices)
     roles = {
         name: Pipelines(
             tuple(tuple(line[start : start + each.stages][::way]) for start in line[:: each.stages]), each.micro_batches
         )
-        for name, each, way in zip("AB", instance.models, (1, -1), strict=True)
+        for name, each, way in zip("AB", problem.models, (1, -1), strict=True)
     }
 
     def seconds(rank, operation):
-        return instance.times("AB".index(operation.role), rank)[operation.kind]
+        return problem.times("AB".index(operation.role), rank)[operation.kind]
 
     def played(orders):
         """Gradients, events in their sequence, and the most memory of each device."""
         works = {}
-        events, most = [], [0.0] * instance.devices
+        events, most = [], [0.0] * problem.devices
 
         def note(rank, operation):
             events.append((rank, "AB".index(operation.role), *operation[1:]))
-            alive = (len(works[rank, role].alive) * instance.activation("AB".index(role), rank) for role in roles)
+            alive = (len(works[rank, role].alive) * problem.activation("AB".index(role), rank) for role in roles)
             most[rank] = max(most[rank], sum(alive))
 
         for role, pipelines in roles.items():

@@ -18,7 +18,7 @@ from training.pipelines.orders import (
     serial,
     timeline,
 )
-from training.planner.fusion.instance import FORWARD, Instance, Pipeline
+from training.planner.fusion.problem import FORWARD, Pipeline, SchedulingProblem
 from training.planner.fusion.schedule import ImpossibleSchedule, serial_1f1b, timed
 from training.planner.fusion.schedule import one_forward_one_backward as planned_1f1b
 from training.planner.fusion.search import find_schedule
@@ -141,17 +141,17 @@ def test_it_takes_two():
         devices({"actor": Pipelines.of(Layout((0, 1), pipeline=2), 1)})
 
 
-INSTANCE = Instance(Pipeline(4, 5, 2, 4, 1), Pipeline(2, 3, 3, 5, 1))
+PROBLEM = SchedulingProblem(Pipeline(4, 5, 2, 4, 1), Pipeline(2, 3, 3, 5, 1))
 LAYOUTS = Layout((6, 5, 4, 7), pipeline=4), Layout((5, 7, 6, 4), 2, pipeline=2)
 
 
 def seconds(rank, operation):
-    return INSTANCE.times(("actor", "critic").index(operation.role), LAYOUTS[0].mesh.index(rank))[operation.kind]
+    return PROBLEM.times(("actor", "critic").index(operation.role), LAYOUTS[0].mesh.index(rank))[operation.kind]
 
 
 def test_a_schedule_keeps_its_times_on_ranks():
     roles = roles_of(*LAYOUTS, (5, 3))
-    schedule = find_schedule(INSTANCE, effort=20_000).schedule
+    schedule = find_schedule(PROBLEM, effort=20_000).schedule
     events = timeline(fused(roles, schedule), seconds)
     ranks = LAYOUTS[0].mesh
     assert {(each.rank, *each.operation, each.start, each.end) for each in events} == {
@@ -163,12 +163,10 @@ def test_a_schedule_keeps_its_times_on_ranks():
 def test_1f1b_is_the_planners():
     orders = one_forward_one_backward(roles_of(*LAYOUTS, (5, 3)))
     for device, rank in enumerate(LAYOUTS[0].mesh):
-        planned = [*planned_1f1b(INSTANCE, 0, device), *planned_1f1b(INSTANCE, 1, device)]
+        planned = [*planned_1f1b(PROBLEM, 0, device), *planned_1f1b(PROBLEM, 1, device)]
         assert [(("actor", "critic").index(each.role), each.kind) for each in orders.by_rank[rank]] == planned
-    without_barrier = timed(
-        INSTANCE, [[*planned_1f1b(INSTANCE, 0, d), *planned_1f1b(INSTANCE, 1, d)] for d in range(4)]
-    )
-    assert makespan(timeline(orders, seconds)) == without_barrier.makespan <= serial_1f1b(INSTANCE).makespan
+    without_barrier = timed(PROBLEM, [[*planned_1f1b(PROBLEM, 0, d), *planned_1f1b(PROBLEM, 1, d)] for d in range(4)])
+    assert makespan(timeline(orders, seconds)) == without_barrier.makespan <= serial_1f1b(PROBLEM).makespan
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -215,14 +213,14 @@ def test_what_cannot_be_computed_is_refused(rows, why):
 
 
 @pytest.mark.parametrize(
-    "instance, why",
+    "problem, why",
     [
-        (Instance(Pipeline(2, 1, 1, 2, 1), Pipeline(1, 1, 1, 2, 1)), "1 stages and 1 micro-batches of critic"),
-        (Instance(Pipeline(2, 2, 1, 2, 1), Pipeline(2, 1, 1, 2, 1)), "2 stages and 2 micro-batches of actor"),
-        (Instance(Pipeline(4, 1, 1, 2, 1), Pipeline(2, 1, 1, 2, 1)), "4 stages and 1 micro-batches of actor"),
-        (Instance(Pipeline(2, 1, 1, 2, 1), Pipeline(2, 1, 1, 2, 1)).split(), "weight of actor"),
+        (SchedulingProblem(Pipeline(2, 1, 1, 2, 1), Pipeline(1, 1, 1, 2, 1)), "1 stages and 1 micro-batches of critic"),
+        (SchedulingProblem(Pipeline(2, 2, 1, 2, 1), Pipeline(2, 1, 1, 2, 1)), "2 stages and 2 micro-batches of actor"),
+        (SchedulingProblem(Pipeline(4, 1, 1, 2, 1), Pipeline(2, 1, 1, 2, 1)), "4 stages and 1 micro-batches of actor"),
+        (SchedulingProblem(Pipeline(2, 1, 1, 2, 1), Pipeline(2, 1, 1, 2, 1)).split(), "weight of actor"),
     ],
 )
-def test_a_schedule_of_something_else_is_refused(instance, why):
+def test_a_schedule_of_something_else_is_refused(problem, why):
     with pytest.raises(ImpossibleSchedule, match=why):
-        fused(TWO, find_schedule(instance, effort=2_000).schedule)
+        fused(TWO, find_schedule(problem, effort=2_000).schedule)

@@ -14,15 +14,15 @@ from tests.ranks import run_ranks
 from tests.training.hybrid_engine.test_zero_engine import make_rows
 from training.data.batching import TokenBatch, plan_micro_batches
 from training.distributed import Ranks
-from training.hybrid_engine.kept_weights import KeptWeights, MovingAverage
 from training.hybrid_engine.layout import Layout, StageCut
+from training.hybrid_engine.stored_weights import MovingAverage, WeightsBackup
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.policy import Policy, Scorer
 from training.pipelines.executor import connect, execute
 from training.pipelines.orders import Pipelines, fused, one_forward_one_backward, serial
 from training.pipelines.stage_engine import Pass, ScoringWork, StageEngine
 from training.pipelines.stage_model import keep_stage, tied_table
-from training.planner.fusion.instance import FORWARD, Instance, Pipeline
+from training.planner.fusion.problem import FORWARD, Pipeline, SchedulingProblem
 from training.planner.fusion.search import find_schedule
 from training.role_settings import LoRASettings, OptimizerSettings
 
@@ -198,7 +198,7 @@ def compute(works, order, **more) -> None:
 
 def fused_orders(roles):
     a, b = (Pipeline(each.stages, each.micro_batches, 1, 2, 1) for each in roles.values())
-    return fused(roles, find_schedule(Instance(a, b), effort=2_000).schedule)
+    return fused(roles, find_schedule(SchedulingProblem(a, b), effort=2_000).schedule)
 
 
 def trained_together(ranks, order) -> list:
@@ -255,8 +255,8 @@ def go_on(stage, directory) -> dict[str, bool]:
     stage.ranks.barrier()
     engine.save(directory / "role")
     average.save(directory / "average")
-    kept = KeptWeights(engine, average)
-    kept.keep()
+    backup = WeightsBackup(engine, average)
+    backup.store()
 
     def look() -> list:
         weights = [*engine.module.parameters(), *engine.trained_weights().values(), *average.weights().values()]
@@ -266,11 +266,11 @@ def go_on(stage, directory) -> dict[str, bool]:
     stage.update(1)
     average.update()
     after = look()
-    kept.put_back()
+    backup.put_back()
     back = look()
-    kept.save(directory / "kept")
+    backup.save(directory / "kept")
     stage.update(0)  # away from there, before it is loaded
-    from_files = KeptWeights(engine, average)
+    from_files = WeightsBackup(engine, average)
     from_files.load(directory / "kept")
     from_files.put_back()
     best = look()

@@ -98,23 +98,24 @@ def test_rates_that_change_by_more_than_a_tenth_bring_a_new_search(monkeypatch):
     (first, _) = run.of_ranks
     run.train()
     run.learn()
-    assert first.taken["actor", 0, FORWARD].rate == first.taken["critic", 1, BACKWARD].rate / 2 == 1.0
+    forward = first.measured["actor", 0, FORWARD].seconds_per_token
+    assert forward == first.measured["critic", 1, BACKWARD].seconds_per_token / 2 == 1.0
     for seconds, known in ((1.09, 1.0), (1.2, 1.2), (1.1, 1.2), (1.0, 1.0)):
         run.train()
         run.learn()
-        found = dict(first._found)
+        orders = dict(first._orders)
         run.seconds = seconds
         run.train()
         run.learn()
-        assert first.taken["actor", 0, FORWARD].rate == pytest.approx(known), seconds
-        assert (first._found == found) == (known != seconds), seconds
+        assert first.measured["actor", 0, FORWARD].seconds_per_token == pytest.approx(known), seconds
+        assert (first._orders == orders) == (known != seconds), seconds
 
 
 def test_a_role_that_learns_later_and_a_rank_that_trains_nothing(monkeypatch):
     run = Run(monkeypatch, size=3)
     run.train(("critic",))
     assert run.learn() == {"pipeline/seconds": STEP / 2}
-    assert {role for role, *_ in run.of_ranks[2].taken} == {"critic"}
+    assert {role for role, *_ in run.of_ranks[2].measured} == {"critic"}
     run.train()
     assert run.learn() == {"pipeline/seconds": STEP}
     run.train()
@@ -152,7 +153,7 @@ def test_a_picture_has_ranks_whose_clocks_begin_anywhere(monkeypatch):
         run.learn()
     for each, start in zip(run.of_ranks, (1_000.0, 2_000.0), strict=True):  # the second starts 3 s later
         events = [Event(0, Operation("actor", FORWARD, 0), start + 3 * each.ranks.rank, start + 5)]
-        each.newest = staged.Trained("1f1b", events, each.newest.expected)
+        each.newest = staged.TrainedStep("1f1b", events, each.newest.expected)
     told = [each.picture(begun) for each, begun in zip(run.of_ranks, (990.0, 1_995.0), strict=True)]
     assert update_data(told)["achieved"] == [[["actor forward", 2.0, 7.0]], [["actor forward", 0.0, 2.0]]]
     assert [each.picture(1_500.0) is None for each in run.of_ranks] == [True, False]  # of an earlier iteration

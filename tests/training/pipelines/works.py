@@ -13,7 +13,7 @@ from training.models.policy import Policy, Scorer, hidden_shape
 from training.pipelines.executor import Work
 from training.pipelines.orders import Operation, Orders, Pipelines, timeline
 from training.pipelines.stage_model import held_weights, keep_stage
-from training.planner.fusion.instance import BACKWARD, FORWARD
+from training.planner.fusion.problem import BACKWARD, FORWARD
 
 WIDTH = 6
 
@@ -45,7 +45,7 @@ class Layers:
 
     def work(self, rank: int, note=None, role: str = "") -> "StageWork":
         """With weights of its own; `note(rank, operation)` is called with each operation."""
-        line, stage = self.pipelines.places[rank]
+        line, stage = self.pipelines.positions[rank]
         layers = copy.deepcopy(self.layers[stage * self.each : (stage + 1) * self.each])
         work = StageWork(layers, self.inputs[line], stage == 0, stage == self.pipelines.stages - 1)
         if note is not None:
@@ -98,12 +98,12 @@ class StageWork(Work):
 def random_orders(roles: dict[str, Pipelines], seed: int) -> Orders:
     """Any orders that work: again and again one of the operations that are ready, whichever it is."""
     rng = random.Random(seed)
-    by_rank: dict[int, list[Operation]] = {rank: [] for each in roles.values() for rank in each.places}
+    by_rank: dict[int, list[Operation]] = {rank: [] for each in roles.values() for rank in each.positions}
     done: set[tuple[int, Operation]] = set()
 
     def ready():
         for name, each in roles.items():
-            for rank, kind in [(rank, kind) for rank in each.places for kind in each.kinds]:
+            for rank, kind in [(rank, kind) for rank in each.positions for kind in each.kinds]:
                 number = sum(operation[:2] == (name, kind) for operation in by_rank[rank])
                 operation = Operation(name, kind, number)
                 source = each.source(rank, kind)
@@ -147,7 +147,7 @@ class Llamas:
         return Scorer(LlamaForSequenceClassification(config)) if self.scores else Policy(LlamaForCausalLM(config))
 
     def work(self, rank: int) -> "ModelWork":
-        line, stage = self.pipelines.places[rank]
+        line, stage = self.pipelines.positions[rank]
         model, cut = self.whole_model(), StageCut(stage, self.layers)
         keep_stage(model.model, cut)
         return ModelWork(model, self.inputs[line], cut)

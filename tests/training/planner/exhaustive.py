@@ -8,7 +8,7 @@ that time.
 import numpy as np
 
 from inference.errors import UserError
-from training.planner.search import Found
+from training.planner.search import PlanResult
 from training.planner.table import UNDECIDED, Array, Choices, PlanTable
 
 MOST_PARTIAL_PLANS = 20_000_000
@@ -17,7 +17,7 @@ MARGIN = 1e-9
 """Plans faster by less than this share count as equally good."""
 
 
-def best_plan(table: PlanTable, known: Found) -> Found:
+def best_plan(table: PlanTable, known: PlanResult) -> PlanResult:
     """The optimum: `known`, the better the faster, or what beats it. Raises UserError if the space is too large."""
     areas = [_areas(table, call) for call in range(len(table.columns))]
     partial = np.full((len(table.columns), 1), UNDECIDED)
@@ -28,7 +28,7 @@ def best_plan(table: PlanTable, known: Found) -> Found:
     if not len(seconds):
         return known
     best = int(seconds.argmin())
-    return Found(table.plan(partial[:, best]), float(seconds[best]), float(fullness[best]))
+    return PlanResult(table.plan(partial[:, best]), float(seconds[best]), float(fullness[best]))
 
 
 def _decided(table: PlanTable, partial: Choices, call: int, areas: list[Array], bound: float) -> Choices:

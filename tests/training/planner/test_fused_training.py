@@ -10,7 +10,7 @@ from training.pipelines.orders import Pipelines, devices
 from training.plan import Assignment, Plan
 from training.planner.cost import CallCosts
 from training.planner.footprint import Footprints
-from training.planner.fusion.instance import Instance
+from training.planner.fusion.problem import SchedulingProblem
 from training.planner.fusion.search import QUICK, find_schedule
 from training.planner.options import _pipeline, fused_training, turned
 from training.planner.reallocation import AugmentedGraphs
@@ -57,8 +57,8 @@ def test_a_schedule_as_short_as_predicted_is_found():
     actor = Layout((0, 1), pipeline=2, layers=(14, 10))
     found = turned(plan(actor, replace(actor, layers=()), 8), GRAPHS.graph)
     training = fused_training(found, GRAPHS)
-    instance = Instance(*(_pipeline(CALLS[name], found, GRAPHS) for name in ("actor_train", "critic_train")))
-    assert find_schedule(instance, effort=QUICK).schedule.makespan * 4 == pytest.approx(training.fused, rel=0.02)
+    problem = SchedulingProblem(*(_pipeline(CALLS[name], found, GRAPHS) for name in ("actor_train", "critic_train")))
+    assert find_schedule(problem, effort=QUICK).schedule.makespan * 4 == pytest.approx(training.fused, rel=0.02)
     by_stage = {name: GRAPHS.costs.micro_batch_by_stage(CALLS[name], found[name]) for name in CALLS if "train" in name}
     a, b = by_stage.values()
     assert a[0][0] / a[1][0] == pytest.approx(14 / (10 + 2.05), rel=0.03)

@@ -23,7 +23,7 @@ from training.plan import Assignment
 from training.rlhf_settings import RLHFSettings
 from training.stage import Diverged
 from training.step3_rlhf.experience import Experience, token_batch
-from training.step3_rlhf.places import CallPlace
+from training.step3_rlhf.positions import CallPosition
 from training.step3_rlhf.watch import check_first_update
 
 CPU = torch.device("cpu")
@@ -41,7 +41,9 @@ class DirectRoles:
     def __init__(self, policy: Policy, temperature: float = TEMPERATURE):
         self.policy, self.temperature = policy, temperature
         assignment = Assignment(Layout((0,)), micro_batch_limit=64)
-        self.places = {"actor_train": CallPlace(assignment, Ranks(0, 1, CPU), TensorParallel(), 0, Ranks(0, 1, CPU))}
+        self.positions = {
+            "actor_train": CallPosition(assignment, Ranks(0, 1, CPU), TensorParallel(), 0, Ranks(0, 1, CPU))
+        }
 
     @torch.no_grad()
     def logprobs(self, batches: list[TokenBatch]) -> list[torch.Tensor]:

@@ -144,7 +144,7 @@ def fingerprints(ppo) -> list[str]:
 @torch.no_grad()
 def offloaded_scores(ranks, models, experience) -> list[list[float]]:
     """Log-probabilities of a frozen model: whole, divided, divided and kept in main memory."""
-    from training.hybrid_engine.kept_weights import freeze
+    from training.hybrid_engine.stored_weights import freeze
     from training.models.loading import load_causal_lm
     from training.models.policy import Policy
     from training.role_settings import FrozenSettings

@@ -157,7 +157,7 @@ def wait(roles) -> list[str]:
     """
     from contextlib import contextmanager
 
-    from training.hybrid_engine.kept_weights import WaitingWeights
+    from training.hybrid_engine.stored_weights import WaitingWeights
 
     events = []
 
@@ -204,7 +204,7 @@ def go_on(ranks, directory, settings: dict[str, Any]):
     number, stopped = second.resume()
     for ppo in (first, second):
         found = follow(ppo, range(2, 3))
-        kept = [tensor.tolist() for tensors in ppo.inside.kept.values() for tensor in tensors]
+        kept = [tensor.tolist() for tensors in ppo.inside.stored.values() for tensor in tensors]
         ema = {} if ppo.roles.ema is None else {n: w.tolist() for n, w in ppo.roles.ema.weights().items()}
         states.append([found, trained(ppo, "actor"), trained(ppo, "critic"), ema, kept])
     save_actor(second.stage, second.roles, second.stage.earlier_model(SFT), second.chat_format)

@@ -14,7 +14,7 @@ from training.distributed import Ranks
 from training.hybrid_engine.layout import Layout
 from training.plan import Assignment
 from training.run_directory import RunDirectory, StepDirectory
-from training.step3_rlhf.places import CallPlace
+from training.step3_rlhf.positions import CallPosition
 from training.step3_rlhf.watch import look_at_reward_model
 from training.steps import REWARD
 
@@ -54,7 +54,7 @@ def look(tmp_path, roles: Likes, pairs: list[tuple[int, int]], *overrides: str, 
 
     (tmp_path / "step3_rlhf").mkdir(exist_ok=True)
     everywhere = Assignment(Layout.over(ranks.size), micro_batch_limit=4096)
-    roles.places = {"reward_score": CallPlace(everywhere, ranks, TensorParallel(), ranks.rank, ranks)}
+    roles.positions = {"reward_score": CallPosition(everywhere, ranks, TensorParallel(), ranks.rank, ranks)}
     stage = SimpleNamespace(
         config=load_config([], ["model=m", "rlhf.micro_batch_tokens=16", *overrides]),
         ranks=ranks,

@@ -138,16 +138,16 @@ def write_demonstrations(ranks, run) -> None:
 def choices(staged) -> dict[str, str]:
     """The order that is chosen, by what passes are said to take."""
     from training.pipelines.orders import Pipelines
-    from training.pipelines.staged import Taken
+    from training.pipelines.staged import Measurement
 
     def choose(of_critic: float, micro_batches: int = 4, activation: float = 1.0) -> str:
         roles = {role: Pipelines.of(staged.layouts[f"{role}_train"], micro_batches) for role in ("actor", "critic")}
         seconds = {"actor": 1.0, "critic": of_critic}
         keys = itertools.product(seconds, (0, 1), (0, 1))
-        staged.taken = {key: Taken(seconds[key[0]] * (1 + key[2]), 10, 1) for key in keys}
+        staged.measured = {key: Measurement(seconds[key[0]] * (1 + key[2]), 10, 1) for key in keys}
         staged.activations, staged.spare = dict.fromkeys(seconds, activation), 0.0
-        staged._found.clear()
-        return staged._orders(roles)[0]
+        staged._orders.clear()
+        return staged._order(roles)[0]
 
     return {
         "alike": choose(1.0),

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
-from training.planner.fusion.instance import BACKWARD, FORWARD, ROUNDING, WEIGHT, Instance, Numbers
+from training.planner.fusion.problem import BACKWARD, FORWARD, ROUNDING, WEIGHT, Numbers, SchedulingProblem
 from training.planner.fusion.schedule import Order
 
 PER_DEVICE, PER_MODEL = 6, 3
@@ -17,12 +17,12 @@ PER_DEVICE, PER_MODEL = 6, 3
 
 @dataclass(frozen=True)
 class Rule:
-    """What an event loop goes by. All lists are by slot."""
+    """Says what an event loop goes by. All lists are by slot."""
 
     priority: Sequence[Sequence[float]]
-    """By micro-batch; the smallest goes first."""
+    """Priorities by micro-batch; the smallest goes first."""
     windows: Sequence[int]
-    """So many micro-batches may be alive, of forward slots; others are not looked at."""
+    """How many micro-batches may be alive, for forward slots; those of other slots are not used."""
     latest: Sequence[Sequence[float]]
     """Latest start by micro-batch, and one endless one behind the last. What would make another operation of the device
     late does not start."""
@@ -62,7 +62,7 @@ class State:
         return other
 
     def starts(self) -> list[tuple[float, int]]:
-        """(time, slot) of everything that has started, in order of time."""
+        """Return (time, slot) of everything that has started, in order of time."""
         parts, log = [], self.log
         while log is not None:
             log, part = log  # type: ignore[assignment]
@@ -71,14 +71,14 @@ class State:
 
 
 class EventLoop:
-    """The tables of one instance."""
+    """Runs schedules of one problem, whose tables it holds."""
 
-    def __init__(self, instance: Instance):
-        self.instance = instance
+    def __init__(self, problem: SchedulingProblem):
+        self.problem = problem
         self.dispatched = 0
         """Operations started so far: the measure of effort."""
-        count = PER_DEVICE * instance.devices
-        self.slots: list[tuple[int, ...]] = [()] * instance.devices
+        count = PER_DEVICE * problem.devices
+        self.slots: list[tuple[int, ...]] = [()] * problem.devices
         self.time: list[float] = [0.0] * count
         self.total = [0] * count
         self.activation = [0.0] * count
@@ -87,14 +87,14 @@ class EventLoop:
         self.aside = [-1] * count  # the weight part that a backward makes ready too
         self.frees = [-1] * count  # the forward slot whose memory this operation frees
         self.first = [False] * count  # forwards that wait for nothing but their turn
-        self.tail = [math.inf] * instance.devices
-        for device in range(instance.devices):
+        self.tail = [math.inf] * problem.devices
+        for device in range(problem.devices):
             for model in range(2):
                 self._fill(device, model)
         self.forwards = range(0, count, PER_MODEL)
         self.forwards_of_rivals = [self.rival[slot] for slot in self.forwards]
         work = [sum(self.time[slot] * self.total[slot] for slot in slots) for slots in self.slots]
-        self.left = [tail + each for tail, each in zip(self.tail, work, strict=True)]
+        self.left = [tail + time for tail, time in zip(self.tail, work, strict=True)]
         # less than that is left where nothing is to do any more; halves, since sums of times are not exact
         shortest = min(time for time in self.time if time)
         self.over = [tail + shortest / 2 for tail in self.tail]
@@ -103,26 +103,26 @@ class EventLoop:
         """Mean time of an operation."""
 
     def _fill(self, device: int, model: int) -> None:
-        instance, each = self.instance, self.instance.models[model]
+        problem, pipeline = self.problem, self.problem.models[model]
         same, slot = PER_MODEL * model, PER_DEVICE * device + PER_MODEL * model
-        behind, before = instance.after(model, device), instance.before(model, device)
-        for kind in each.kinds:
+        behind, before = problem.after(model, device), problem.before(model, device)
+        for kind in pipeline.kinds:
             self.slots[device] += (slot + kind,)
-            self.time[slot + kind] = instance.times(model, device)[kind]
-            self.total[slot + kind] = each.micro_batches
-        self.activation[slot] = instance.activation(model, device)
+            self.time[slot + kind] = problem.times(model, device)[kind]
+            self.total[slot + kind] = pipeline.micro_batches
+        self.activation[slot] = problem.activation(model, device)
         self.rival[slot] = slot + (PER_MODEL if model == 0 else -PER_MODEL)
         self.first[slot] = before is None
         self.next[slot] = slot + BACKWARD if behind is None else PER_DEVICE * behind + same
         self.next[slot + BACKWARD] = -1 if before is None else PER_DEVICE * before + same + BACKWARD
-        if each.is_split:
+        if pipeline.is_split:
             self.aside[slot + BACKWARD] = slot + WEIGHT
-        self.frees[slot + each.kinds[-1]] = slot
-        tail = 0 if each.is_split else instance.time_before(model, device, BACKWARD)
+        self.frees[slot + pipeline.kinds[-1]] = slot
+        tail = 0 if pipeline.is_split else problem.time_before(model, device, BACKWARD)
         self.tail[device] = min(self.tail[device], tail)
 
     def by_slot(self, numbers: Numbers) -> list[list[float]]:
-        """By slot instead of by (device, model, kind), with an infinite one behind the last."""
+        """Return them by slot instead of by (device, model, kind), with an infinite one after the last."""
         rows = [[math.inf] for _ in self.time]
         for (device, model, kind), row in numbers.items():
             rows[PER_DEVICE * device + PER_MODEL * model + kind] = [*row, math.inf]
@@ -138,7 +138,7 @@ class EventLoop:
         return state
 
     def orders(self, state: State) -> list[Order]:
-        """What each device has started, one after the other."""
+        """Return what each device has started, one after the other."""
         rows: list[list[tuple[int, int]]] = [[] for _ in self.slots]
         for _, slot in state.starts():
             rows[slot // PER_DEVICE].append(divmod(slot % PER_DEVICE, PER_MODEL))
@@ -148,7 +148,7 @@ class EventLoop:
         return not state.events and state.started == self.total
 
     def run(self, rule: Rule) -> State | None:
-        """A whole schedule; None where the rule stops the loop or the devices wait for each other."""
+        """Return a whole schedule; None where the rule stops the loop or the devices wait for each other."""
         state = self.fresh()
         return state if self.advance(state, rule) and self.is_done(state) else None
 

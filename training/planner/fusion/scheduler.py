@@ -1,7 +1,7 @@
-"""Randomised list scheduling with local search: event loops under drawn rules, then under rules near the best found.
+"""Randomised list scheduling with local search: event loops under drawn rules, then under rules near the best ones.
 
 A schedule is looked for from its start and, where that is the same kind of problem, from its end: with time running
-backwards a forward is a backward of the mirrored instance. What one direction finds gives the other its priorities
+backwards a forward is a backward of the mirrored problem. A schedule of one direction gives the other its priorities
 (forward-backward improvement of project scheduling), which repairs what a loop that never waits does badly.
 
 Sources: RLHFuse (arXiv 2409.13221, section 5.3) for the problem; Li and Willis, "An iterative scheduling technique for
@@ -14,20 +14,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from training.planner.fusion.event_loop import PER_DEVICE, PER_MODEL, EventLoop, Rule, State
-from training.planner.fusion.instance import BACKWARD, FORWARD, ROUNDING, Instance, Slack
+from training.planner.fusion.problem import BACKWARD, FORWARD, ROUNDING, SchedulingProblem, Slack
 from training.planner.fusion.schedule import Order, Schedule
 
 UNBOUNDED = 2**31
 
 
 @dataclass(frozen=True)
-class Found:
-    """A whole schedule in one direction."""
+class DirectedSchedule:
+    """Holds a whole schedule in one direction."""
 
     direction: int
     """0 is from the start, 1 from the end."""
     starts: list[list[float]]
-    """By slot, then by micro-batch."""
+    """Times by slot, then by micro-batch."""
     makespan: float
     peak: float
     """Memory."""
@@ -40,30 +40,30 @@ class Found:
 
 
 class Direction:
-    """The instance as seen from one end."""
+    """Shows the problem as seen from one end."""
 
-    def __init__(self, instance: Instance):
-        self.instance = instance
-        self.loop = EventLoop(instance)
-        self.slack = Slack.of(instance)
+    def __init__(self, problem: SchedulingProblem):
+        self.problem = problem
+        self.loop = EventLoop(problem)
+        self.slack = Slack.of(problem)
 
     def latest(self, makespan: float, cap: float) -> list[list[float]]:
-        """Latest starts by slot in schedules of this makespan within a memory cap."""
-        slack = self.slack if cap >= self.instance.memory_cap else Slack.of(self.instance, cap)
+        """Return the latest starts, by slot, in schedules of this makespan within a memory cap."""
+        slack = self.slack if cap >= self.problem.memory_cap else Slack.of(self.problem, cap)
         return self.loop.by_slot(slack.latest(makespan))
 
 
 class ListScheduler:
-    """Draws, moves and the record of one instance."""
+    """Draws rules, moves near schedules and keeps the record of one problem."""
 
-    def __init__(self, instance: Instance, rng: random.Random):
-        self.instance, self.rng = instance, rng
-        self.directions = [Direction(instance)]
-        if not any(each.is_split for each in instance.models):  # else the mirrored chains have another shape
-            self.directions.append(Direction(mirrored(instance)))
+    def __init__(self, problem: SchedulingProblem, rng: random.Random):
+        self.problem, self.rng = problem, rng
+        self.directions = [Direction(problem)]
+        if not any(pipeline.is_split for pipeline in problem.models):  # else the mirrored chains have another shape
+            self.directions.append(Direction(mirrored(problem)))
         self.unit = self.directions[0].loop.unit
         """Scale of random changes of time."""
-        self.count = PER_DEVICE * instance.devices
+        self.count = PER_DEVICE * problem.devices
         self.forwards = range(0, self.count, PER_MODEL)
         self.unbounded = [UNBOUNDED] * self.count
 
@@ -72,8 +72,8 @@ class ListScheduler:
         return sum(direction.loop.dispatched for direction in self.directions)
 
     def draw(self, direction: int) -> tuple[list[list[float]], list[int]]:
-        """Priorities and windows: one value a slot, windows like those of 1F1B, wider or narrower."""
-        rng, loop, instance = self.rng, self.directions[direction].loop, self.instance
+        """Draw priorities and windows: one value a slot, windows like those of 1F1B, wider or narrower."""
+        rng, loop, problem = self.rng, self.directions[direction].loop, self.problem
         wider = [rng.choice((-2, -1, 0, 0, 0, 1, 2, 3, 4, 6, 8, UNBOUNDED)) for _ in range(2)]
         backwards_first = 1.0 if rng.random() < 0.8 else 0.0
         favoured, spread = rng.choice((-1.5, -0.5, 0, 0.5, 1.5)), rng.choice((0.1, 0.3, 1))
@@ -83,47 +83,47 @@ class ListScheduler:
             value = rng.random() * spread + favoured * model + backwards_first * (kind == FORWARD)
             priority.append([value] * loop.total[slot])
             if kind == FORWARD:
-                own = instance.models[model].stages - instance.stage(model, device)
+                own = problem.models[model].stages - problem.stage(model, device)
                 jitter = rng.choice((-1, 1)) if rng.random() < 0.1 else 0
                 windows[slot] = max(1, own + wider[model] + jitter)
         return priority, windows
 
-    def near(self, found: Found) -> tuple[int, list[list[float]]]:
-        """A direction, and priorities that repeat the schedule with noise."""
+    def near(self, schedule: DirectedSchedule) -> tuple[int, list[list[float]]]:
+        """Return a direction, and priorities that repeat the schedule with noise."""
         rng = self.rng
-        direction = found.direction if rng.random() < 0.4 or len(self.directions) == 1 else 1 - found.direction
-        starts = found.starts if direction == found.direction else self.turned(found)
+        direction = schedule.direction if rng.random() < 0.4 or len(self.directions) == 1 else 1 - schedule.direction
+        starts = schedule.starts if direction == schedule.direction else self.turned(schedule)
         spread, share = rng.choice((0, 0.3, 1, 2, 4)) * self.unit, rng.choice((0.03, 0.1, 0.3, 1))
         if spread:
             gauss, draw = rng.gauss, rng.random
             starts = [[x + gauss(0, spread) if draw() < share else x for x in row] for row in starts]
         return direction, starts
 
-    def turned(self, found: Found) -> list[list[float]]:
-        """The starts as seen from the other end."""
-        time = self.directions[found.direction].loop.time
+    def turned(self, schedule: DirectedSchedule) -> list[list[float]]:
+        """Return the starts as seen from the other end."""
+        time = self.directions[schedule.direction].loop.time
         rows: list[list[float]] = [[] for _ in range(self.count)]
         for slot in self.forwards:
             for here, there in ((slot, slot + BACKWARD), (slot + BACKWARD, slot)):
-                rows[there] = [found.makespan - start - time[here] for start in reversed(found.starts[here])]
+                rows[there] = [schedule.makespan - start - time[here] for start in reversed(schedule.starts[here])]
         return rows
 
-    def one_at_a_time(self) -> Found:
-        """Every stage holds one micro-batch of each model: slow, but possible whatever the cap."""
+    def one_at_a_time(self) -> DirectedSchedule:
+        """Let every stage hold one micro-batch of each model: slow, but possible whatever the cap."""
         total = self.directions[0].loop.total
         priority = [[float(slot)] * number for slot, number in enumerate(total)]
         latest = [[math.inf] * (number + 1) for number in total]
-        found = self.run(0, Rule(priority, [1] * self.count, latest, room=self.instance.memory_cap))
-        assert found is not None
-        return found
+        schedule = self.run(0, Rule(priority, [1] * self.count, latest, room=self.problem.memory_cap))
+        assert schedule is not None
+        return schedule
 
-    def run(self, direction: int, rule: Rule) -> Found | None:
+    def run(self, direction: int, rule: Rule) -> DirectedSchedule | None:
         loop = self.directions[direction].loop
         state = loop.run(rule)
-        return None if state is None else self.found(direction, state)
+        return None if state is None else self.directed(direction, state)
 
-    def found(self, direction: int, state: State) -> Found:
-        """The schedule of a state that is done."""
+    def directed(self, direction: int, state: State) -> DirectedSchedule:
+        """Return the schedule of a state that is done."""
         loop = self.directions[direction].loop
         starts: list[list[float]] = [[] for _ in range(self.count)]
         alive, most, peak = [0] * self.count, [0] * self.count, 0.0
@@ -136,43 +136,44 @@ class ListScheduler:
                 peak = max(peak, alive[slot] * loop.activation[slot] + alive[other] * loop.activation[other])
             elif loop.frees[slot] >= 0:
                 alive[loop.frees[slot]] -= 1  # when it ends; nothing else starts on the device before
-        return Found(direction, starts, state.now, peak, most)
+        return DirectedSchedule(direction, starts, state.now, peak, most)
 
-    def orders(self, found: Found) -> list[Order]:
-        """What each device does, from the start."""
-        starts = found.starts if found.direction == 0 else self.turned(found)
+    def orders(self, schedule: DirectedSchedule) -> list[Order]:
+        """Return what each device does, from the start."""
+        starts = schedule.starts if schedule.direction == 0 else self.turned(schedule)
         rows = []
         for slots in self.directions[0].loop.slots:
             row = sorted((start, slot % PER_DEVICE) for slot in slots for start in starts[slot])
             rows.append([divmod(code, PER_MODEL) for _, code in row])
         return rows
 
-    def read(self, schedule: Schedule) -> Found:
-        """Take a schedule from elsewhere as a start."""
+    def read(self, schedule: Schedule) -> DirectedSchedule:
+        """Convert a schedule from elsewhere, to start from it."""
         starts: list[list[float]] = [[] for _ in range(self.count)]
-        for each in sorted(schedule.operations, key=lambda each: each.micro_batch):
-            starts[PER_DEVICE * each.device + PER_MODEL * each.model + each.kind].append(each.start)
+        for operation in sorted(schedule.operations, key=lambda operation: operation.micro_batch):
+            slot = PER_DEVICE * operation.device + PER_MODEL * operation.model + operation.kind
+            starts[slot].append(operation.start)
         state = self.directions[0].loop.fresh()
         log = sorted((start, slot) for slot, row in enumerate(starts) for start in row)
         state.now, state.log = schedule.makespan, (None, log)
-        return self.found(0, state)
+        return self.directed(0, state)
 
 
-def mirrored(instance: Instance) -> Instance:
-    a, b = (replace(each, forward=each.backward, backward=each.forward) for each in instance.models)
-    return replace(instance, a=a, b=b)
+def mirrored(problem: SchedulingProblem) -> SchedulingProblem:
+    a, b = (replace(pipeline, forward=pipeline.backward, backward=pipeline.forward) for pipeline in problem.models)
+    return replace(problem, a=a, b=b)
 
 
 WIDTH = 100
-"""Partial schedules that are kept."""
+"""Partial schedules that survive a stretch."""
 BRANCHES, RULES = 6, 24
 """Rules that each of them is carried on under, drawn from so many."""
 STRETCHES = 60
-"""In the makespan."""
+"""Stretches of the makespan."""
 DEATHS = 12
 """The search gives up when all partial schedules have died so many times."""
 CROWD = 30
-"""Most of those kept that have done the same on the device with least time to spare."""
+"""Most survivors that have done the same on the device with least time to spare."""
 PATIENCE = 0.15
 """What time to spare counts, against work done."""
 URGENT = (0.0, 0.3, 0.7)
@@ -184,7 +185,7 @@ COPY_EFFORT = 1.5
 
 
 class Beam:
-    """One search: an instance, a makespan, a memory cap."""
+    """Searches schedules of one makespan within one memory cap."""
 
     def __init__(self, loop: EventLoop, latest: list[list[float]], makespan: float, cap: float, rng: random.Random):
         """`latest` starts are those of schedules of this makespan within this cap."""
@@ -193,14 +194,14 @@ class Beam:
         self.rows = [[float(rank)] * max(loop.total) for rank in range(PER_DEVICE)]
         self.rule = Rule(self.rows, [], latest, room=cap, limit=makespan, strict=True)
         self.room = cap * (1 + ROUNDING)
-        instance = loop.instance
+        problem = loop.problem
         spare = [makespan - self._shortest_head(device) - left for device, left in enumerate(loop.left)]
         self.narrow = PER_DEVICE * spare.index(min(spare))
         self.chains: list[list[int]] = []
         """Forward slots of each copy of a model, by stage."""
-        for model, each in enumerate(instance.models):
-            for first in range(0, instance.devices, each.stages):
-                devices = range(first, first + each.stages)
+        for model, pipeline in enumerate(problem.models):
+            for first in range(0, problem.devices, pipeline.stages):
+                devices = range(first, first + pipeline.stages)
                 chain = [PER_DEVICE * device + PER_MODEL * model for device in devices]
                 self.chains.append(chain if model == 0 else chain[::-1])
         self.links: list[tuple[int, int]] = []
@@ -210,10 +211,10 @@ class Beam:
             self.links += zip(path, [-1, *path], strict=False)
 
     def _shortest_head(self, device: int) -> float:
-        return min(self.loop.instance.time_before(model, device, FORWARD) for model in range(2))
+        return min(self.loop.problem.time_before(model, device, FORWARD) for model in range(2))
 
     def search(self, is_over: Callable[[], bool]) -> State | None:
-        """A state that is done, or None. `is_over` is asked now and then whether to give up."""
+        """Return a state that is done, or None. `is_over` is asked now and then whether to give up."""
         generations = [[self.loop.fresh()]]
         furthest, back, deaths = 0, 2.0, 0
         while not is_over():
@@ -252,18 +253,18 @@ class Beam:
                     best[key] = promise, child
         ranked = sorted(best.values(), key=lambda pair: -pair[0])
         crowd: dict[tuple[int, ...], int] = {}
-        kept = []
+        survivors = []
         for _, child in ranked:
             key = tuple(child.started[self.narrow : self.narrow + PER_DEVICE])
             crowd[key] = crowd.get(key, 0) + 1
             if crowd[key] <= CROWD:
-                kept.append(child)
-                if len(kept) == WIDTH:
+                survivors.append(child)
+                if len(survivors) == WIDTH:
                     break
-        return kept
+        return survivors
 
     def _draw(self) -> Rule:
-        """A random preference of each device; windows near those of 1F1B; some forwards held back."""
+        """Draw a preference for each device, and windows near those of 1F1B; some forwards are held back."""
         rng, loop = self.rng, self.loop
         backwards_first = 0.7 if rng.random() < 0.8 else 0.0
         priority: list[Sequence[float]] = [self.rows[0]] * len(loop.time)
@@ -286,7 +287,7 @@ class Beam:
         return replace(self.rule, priority=priority, windows=windows)
 
     def _promise(self, state: State) -> float | None:
-        """Rank of a partial schedule; None if it cannot be completed in time.
+        """Rank a partial schedule; None if it cannot be completed in time.
 
         The next operation of every slot starts no earlier than its device is free, and than the chain of operations
         that lead to it from where the micro-batches are now takes.

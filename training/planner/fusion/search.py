@@ -1,8 +1,8 @@
-"""The best schedule that can be found: shortest first, then smallest in memory.
+"""The search for the best schedule: shortest first, then smallest in memory.
 
-    found = find_schedule(instance, seed=0, seconds=20)
-    found.schedule.makespan, found.is_optimal, found.schedule.peak_memory
-    find_schedule(instance, effort=QUICK)  # inside a training run
+    result = find_schedule(problem, seed=0, seconds=20)
+    result.schedule.makespan, result.is_optimal, result.schedule.peak_memory
+    find_schedule(problem, effort=QUICK)  # inside a training run
 
 List schedules are drawn until one is as short as the lower bound, or as short as may be. Then memory goes down: moves
 that keep the makespan, from several such schedules, and a beam search under ever tighter caps. It is one search: what
@@ -16,9 +16,9 @@ import time
 from dataclasses import dataclass
 
 from training.planner.fusion.event_loop import Rule
-from training.planner.fusion.instance import ROUNDING, Instance
+from training.planner.fusion.problem import ROUNDING, SchedulingProblem
 from training.planner.fusion.schedule import Schedule, serial_1f1b, timed
-from training.planner.fusion.scheduler import UNBOUNDED, Beam, Found, ListScheduler
+from training.planner.fusion.scheduler import UNBOUNDED, Beam, DirectedSchedule, ListScheduler
 
 EFFORT = 6_500_000
 """Operations that the search may start, in all its event loops together: some seconds."""
@@ -39,7 +39,9 @@ STEPS = (0, 0, 0.25, 0.5, 1, 2, 5)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ScheduleResult:
+    """Holds the best schedule, what is proved of it, and what the search took."""
+
     schedule: Schedule
     lower_bound: float
     """No schedule is shorter."""
@@ -49,39 +51,39 @@ class Outcome:
     """Operations started on the way."""
     seconds: float
     seconds_to_makespan: float
-    """Of these until the first schedule as short as this one."""
+    """The seconds until the first schedule as short as this one."""
 
     @property
     def is_optimal(self) -> bool:
-        """The makespan is proved to be the shortest."""
+        """Whether the makespan is proved to be the shortest."""
         return self.schedule.makespan <= self.lower_bound * (1 + ROUNDING)
 
     @property
     def is_memory_optimal(self) -> bool:
-        """The peak memory is proved to be the smallest at this makespan."""
+        """Whether the peak memory is proved to be the smallest at this makespan."""
         return self.schedule.peak_memory <= self.memory_bound * (1 + ROUNDING)
 
 
 def find_schedule(
-    instance: Instance,
+    problem: SchedulingProblem,
     seed: int = 0,
     effort: int = EFFORT,
     seconds: float = math.inf,
     start: Schedule | None = None,
-) -> Outcome:
-    """Never longer than `start`, a schedule of the same instance, and where as long never larger in memory.
+) -> ScheduleResult:
+    """Find a schedule never longer than `start`, one of the same problem, and where as long never larger in memory.
 
     Without `start` it is 1F1B of one model after the other, where the memory cap has room for that.
     """
-    search = _Search(instance, seed, effort, seconds, start)
+    search = _Search(problem, seed, effort, seconds, start)
     search.search()
-    return search.outcome()
+    return search.result()
 
 
 class _Search:
-    def __init__(self, instance: Instance, seed: int, effort: int, seconds: float, start: Schedule | None):
-        self.instance, self.rng = instance, random.Random(seed)
-        self.scheduler = ListScheduler(instance, self.rng)
+    def __init__(self, problem: SchedulingProblem, seed: int, effort: int, seconds: float, start: Schedule | None):
+        self.problem, self.rng = problem, random.Random(seed)
+        self.scheduler = ListScheduler(problem, self.rng)
         self.began, self.effort, self.seconds = time.perf_counter(), effort, seconds
         self.slack = self.scheduler.directions[0].slack
         self.bound = self.slack.lower_bound()
@@ -89,16 +91,16 @@ class _Search:
         """What counts as meeting the bound."""
         self.least = self.slack.memory_bound(self.bound)
         """Memory of schedules that meet the bound."""
-        self.latest = [each.latest(self.bound, instance.memory_cap) for each in self.scheduler.directions]
-        if start is None and (serial := serial_1f1b(instance)).peak_memory <= instance.memory_cap:
-            start = timed(instance, serial.orders)  # without the barrier
+        self.latest = [direction.latest(self.bound, problem.memory_cap) for direction in self.scheduler.directions]
+        if start is None and (serial := serial_1f1b(problem)).peak_memory <= problem.memory_cap:
+            start = timed(problem, serial.orders)  # without the barrier
         self.best = self.scheduler.one_at_a_time() if start is None else self.scheduler.read(start)
         self.shortest_at = self._elapsed()
         self.tightness = 0.9
 
-    def outcome(self) -> Outcome:
-        schedule = timed(self.instance, self.scheduler.orders(self.best))
-        return Outcome(
+    def result(self) -> ScheduleResult:
+        schedule = timed(self.problem, self.scheduler.orders(self.best))
+        return ScheduleResult(
             schedule,
             self.bound,
             self.slack.memory_bound(schedule.makespan),
@@ -114,13 +116,13 @@ class _Search:
         used_up = self.scheduler.dispatched >= self.effort or self._elapsed() >= self.seconds
         return used_up or self._is_best_possible()
 
-    def take(self, found: Found) -> None:
-        if found.makespan < self.best.makespan:
+    def take(self, schedule: DirectedSchedule) -> None:
+        if schedule.makespan < self.best.makespan:
             self.shortest_at = self._elapsed()
-        self.best = min(self.best, found, key=lambda each: each.score)
+        self.best = min(self.best, schedule, key=lambda candidate: candidate.score)
 
     def search(self) -> None:
-        """Until effort or time is used up, or nothing better can exist."""
+        """Search until effort or time is used up, or nothing better can exist."""
         while not self.is_over():
             here = self._reach()
             if here.makespan <= self.best.makespan:
@@ -128,16 +130,16 @@ class _Search:
             if not self.is_over():
                 self._squeeze()
 
-    def _run(self, direction: int, rule: Rule) -> Found | None:
-        found = self.scheduler.run(direction, rule)
-        if found is not None:
-            self.take(found)
-        return found
+    def _run(self, direction: int, rule: Rule) -> DirectedSchedule | None:
+        schedule = self.scheduler.run(direction, rule)
+        if schedule is not None:
+            self.take(schedule)
+        return schedule
 
-    def _reach(self) -> Found:
-        """A schedule as short as the bound, or as moves make it: draws first, then changes of the best of them."""
+    def _reach(self) -> DirectedSchedule:
+        """Return a schedule as short as the bound, or as moves make it: draws first, then changes of the best one."""
         rng, scheduler, bound = self.rng, self.scheduler, self.bound
-        here: Found | None = None
+        here: DirectedSchedule | None = None
         draws = rng.choice(DRAWS)
         for number in range(REACH):
             if here is None or number < draws:
@@ -151,19 +153,19 @@ class _Search:
                 priority,
                 windows,
                 self.latest[direction],
-                room=self.instance.memory_cap,
+                room=self.problem.memory_cap,
                 limit=math.inf if here is None else here.makespan,
                 leeway=max(0.0, aim - bound),
             )
-            found = self._run(direction, rule)
-            if found is not None and (here is None or found.score <= here.score):
-                here = found
+            schedule = self._run(direction, rule)
+            if schedule is not None and (here is None or schedule.score <= here.score):
+                here = schedule
             if self.is_over() or (here is not None and number >= draws and here.makespan <= self.longest):
                 break
         return here or self.best
 
-    def _descend(self, here: Found) -> None:
-        """Moves that keep the makespan and bring down the number of micro-batches alive, until that stops."""
+    def _descend(self, here: DirectedSchedule) -> None:
+        """Make moves that keep the makespan and bring down the number of micro-batches alive, until that stops."""
         rng, scheduler = self.rng, self.scheduler
         alive = self._alive(here)
         idle = 0
@@ -179,31 +181,31 @@ class _Search:
                 priority,
                 windows,
                 self.latest[direction],
-                room=min(self.instance.memory_cap, here.peak * (1 - rng.choice((0, 0, 0, 1e-6, 0.03, 0.08)))),
+                room=min(self.problem.memory_cap, here.peak * (1 - rng.choice((0, 0, 0, 1e-6, 0.03, 0.08)))),
                 limit=here.makespan,
                 leeway=here.makespan - self.bound,
             )
-            found = self._run(direction, rule)
-            if found is None:
+            schedule = self._run(direction, rule)
+            if schedule is None:
                 continue
-            fewer = self._alive(found)
-            if found.score < here.score or fewer <= alive:
-                if found.score < here.score or fewer < alive:
+            fewer = self._alive(schedule)
+            if schedule.score < here.score or fewer <= alive:
+                if schedule.score < here.score or fewer < alive:
                     idle = 0
-                here, alive = found, fewer
+                here, alive = schedule, fewer
 
-    def _alive(self, found: Found) -> float:
-        """What `_descend` brings down: smooth, unlike the peak."""
+    def _alive(self, schedule: DirectedSchedule) -> float:
+        """Return what `_descend` brings down: smooth, unlike the peak."""
         activation = self.scheduler.directions[0].loop.activation
-        return sum((found.most[slot] * activation[slot]) ** 3 for slot in self.scheduler.forwards)
+        return sum((schedule.most[slot] * activation[slot]) ** 3 for slot in self.scheduler.forwards)
 
     def _squeeze(self) -> None:
-        """A beam search for what would be a little better than the best."""
+        """Run a beam search for what would be a little better than the best."""
         best, rng = self.best, self.rng
         direction = rng.randrange(len(self.scheduler.directions))
         if best.makespan > self.longest:
             makespan = self.bound + rng.choice((0.0, 0.5, 0.9)) * (best.makespan - self.bound)
-            cap = self.instance.memory_cap
+            cap = self.problem.memory_cap
         else:
             makespan, cap = best.makespan, self.least + min(self.tightness, 1 - 1e-6) * (best.peak - self.least)
         view = self.scheduler.directions[direction]
@@ -213,10 +215,10 @@ class _Search:
             self.tightness = 1 - (1 - self.tightness) / 2
             return
         self.tightness *= 0.9
-        found = self.scheduler.found(direction, state)
-        self.take(found)
-        if found.makespan <= self.best.makespan:
-            self._descend(found)
+        schedule = self.scheduler.directed(direction, state)
+        self.take(schedule)
+        if schedule.makespan <= self.best.makespan:
+            self._descend(schedule)
 
     def _is_best_possible(self) -> bool:
         best = self.best

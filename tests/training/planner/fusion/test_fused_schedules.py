@@ -28,7 +28,7 @@ def test_the_published_serial_times_and_memory_to_the_unit():
     rows = read_rows(FILE)
     assert len(rows) == 8
     for row in rows:
-        serial = fused_schedules.serial_1f1b(row.instance)
+        serial = fused_schedules.serial_1f1b(row.problem)
         assert serial.makespan == row.serial and serial.peak_memory == pytest.approx(row.memory_serial)
 
 
@@ -57,7 +57,7 @@ def test_a_bound_that_is_not_met_and_a_search_too_long_are_missed(result):
 
 
 def test_the_command(tmp_path, capsys):
-    file = tmp_path / "instances.csv"
+    file = tmp_path / "problems.csv"
     serial = (4 + 3) * 9 + (2 + 1) * 6
     file.write_text(f"{HEADER}\n{SMALL},{serial},,,,,,\n")
     svg = tmp_path / "picture.svg"

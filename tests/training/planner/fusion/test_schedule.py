@@ -8,24 +8,24 @@ import pytest
 
 from benchmarks.fused_replay import check, replay
 from benchmarks.fused_schedules import interleaved_greedy
-from training.planner.fusion.instance import BACKWARD, FORWARD, WEIGHT, Instance, Pipeline
+from training.planner.fusion.problem import BACKWARD, FORWARD, WEIGHT, Pipeline, SchedulingProblem
 from training.planner.fusion.schedule import ImpossibleSchedule, Schedule, serial_1f1b, timed
 
 from .conftest import random_orders, with_cap
 
 A_FORWARD, A_BACKWARD, B_FORWARD, B_BACKWARD = (0, FORWARD), (0, BACKWARD), (1, FORWARD), (1, BACKWARD)
-ONE_DEVICE = Instance(Pipeline(1, 2, 1, 2, 3), Pipeline(1, 1, 1, 2, 5))
-TWO_DEVICES = Instance(Pipeline(2, 1, 2, 4, 1), Pipeline(2, 1, 1, 2, 1))
+ONE_DEVICE = SchedulingProblem(Pipeline(1, 2, 1, 2, 3), Pipeline(1, 1, 1, 2, 5))
+TWO_DEVICES = SchedulingProblem(Pipeline(2, 1, 2, 4, 1), Pipeline(2, 1, 1, 2, 1))
 TWO_ORDERS = [[A_FORWARD, B_FORWARD, B_BACKWARD, A_BACKWARD], [B_FORWARD, A_FORWARD, A_BACKWARD, B_BACKWARD]]
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_two_evaluators_agree_on_random_schedules(instance, seed):
-    orders = random_orders(instance, random.Random(seed))
-    schedule = timed(instance, orders)
+def test_two_evaluators_agree_on_random_schedules(problem, seed):
+    orders = random_orders(problem, random.Random(seed))
+    schedule = timed(problem, orders)
     check(schedule)
-    assert replay(instance, orders) == (schedule.makespan, schedule.peak_memory)
-    assert timed(instance, schedule.orders) == schedule
+    assert replay(problem, orders) == (schedule.makespan, schedule.peak_memory)
+    assert timed(problem, schedule.orders) == schedule
 
 
 @pytest.mark.parametrize(
@@ -44,8 +44,8 @@ def test_numbers_by_stage_that_do_not_fit_are_refused(forward, weight, message):
 @pytest.mark.parametrize("stages, micro_batches", [(4, 8), (4, 4), (4, 2), (1, 3)])
 def test_1f1b_has_its_closed_forms(stages, micro_batches):
     """(M + N - 1)(f + b), and min(M, N - stage) micro-batches alive."""
-    instance = Instance(Pipeline(stages, micro_batches, 5, 10, 2), Pipeline(stages, 3, 1, 3, 1e-3))
-    schedule = serial_1f1b(instance)
+    problem = SchedulingProblem(Pipeline(stages, micro_batches, 5, 10, 2), Pipeline(stages, 3, 1, 3, 1e-3))
+    schedule = serial_1f1b(problem)
     check(schedule)
     alone = (micro_batches + stages - 1) * 15
     assert schedule.makespan == alone + (3 + stages - 1) * 4
@@ -79,19 +79,19 @@ def test_memory_is_held_from_the_start_of_a_forward_to_the_end_of_its_backward(o
 
 
 def test_a_split_backward_frees_memory_with_its_second_part():
-    instance = ONE_DEVICE.split(0.5)
+    problem = ONE_DEVICE.split(0.5)
     late = [A_FORWARD, A_BACKWARD, A_FORWARD, A_BACKWARD, (0, WEIGHT), (0, WEIGHT), B_FORWARD, B_BACKWARD, (1, WEIGHT)]
-    schedule = timed(instance, [late])
+    schedule = timed(problem, [late])
     assert schedule.peak_memory == 6 and schedule.makespan == 9
 
 
-def test_whole_backwards_cut_in_two_take_the_same_time_and_memory(instance):
-    if any(each.is_split for each in instance.models):
+def test_whole_backwards_cut_in_two_take_the_same_time_and_memory(problem):
+    if any(each.is_split for each in problem.models):
         pytest.skip("cut already")
-    schedule = timed(instance, random_orders(instance, random.Random(1)))
+    schedule = timed(problem, random_orders(problem, random.Random(1)))
     cut = schedule.split(0.3)
     check(cut)
-    assert cut.instance == instance.split(0.3)
+    assert cut.problem == problem.split(0.3)
     assert (cut.makespan, cut.peak_memory) == (schedule.makespan, schedule.peak_memory)
 
 
@@ -133,11 +133,11 @@ def test_a_schedule_that_breaks_a_rule_is_refused_with_the_reason():
 
 
 def test_a_schedule_over_the_memory_cap_is_refused():
-    instance = Instance(Pipeline(1, 2, 1, 2, 1), Pipeline(1, 1, 1, 2, 0.5))
-    schedule = timed(instance, [[A_FORWARD, A_FORWARD, A_BACKWARD, A_BACKWARD, B_FORWARD, B_BACKWARD]])
-    check(replace(schedule, instance=with_cap(instance, 2)))
+    problem = SchedulingProblem(Pipeline(1, 2, 1, 2, 1), Pipeline(1, 1, 1, 2, 0.5))
+    schedule = timed(problem, [[A_FORWARD, A_FORWARD, A_BACKWARD, A_BACKWARD, B_FORWARD, B_BACKWARD]])
+    check(replace(schedule, problem=with_cap(problem, 2)))
     with pytest.raises(ImpossibleSchedule, match=r"memory is 2, more than 1\.5"):
-        check(replace(schedule, instance=with_cap(instance, 1.5)))
+        check(replace(schedule, problem=with_cap(problem, 1.5)))
 
 
 def test_micro_batches_go_first_in_first_out():
@@ -150,13 +150,13 @@ def test_micro_batches_go_first_in_first_out():
         check(changed(changed(schedule, one, micro_batch=1), other, micro_batch=0))
 
 
-def test_the_greedy_schedule_is_possible_and_lets_forwards_run_ahead(instance):
-    schedule = interleaved_greedy(instance)
+def test_the_greedy_schedule_is_possible_and_lets_forwards_run_ahead(problem):
+    schedule = interleaved_greedy(problem)
     check(schedule)
-    assert schedule.makespan < serial_1f1b(instance).makespan
+    assert schedule.makespan < serial_1f1b(problem).makespan
 
 
 @pytest.mark.parametrize("first_stage, model", [(5, 0), (1, 1)])
 def test_the_greedy_schedule_prefers_what_is_heavier_on_the_device(first_stage, model):
-    instance = Instance(Pipeline(2, 2, (first_stage, 4), 4, 1), Pipeline(1, 2, 2, 4, 1))
-    assert interleaved_greedy(instance).orders[0][0] == (model, FORWARD)
+    problem = SchedulingProblem(Pipeline(2, 2, (first_stage, 4), 4, 1), Pipeline(1, 2, 2, 4, 1))
+    assert interleaved_greedy(problem).orders[0][0] == (model, FORWARD)

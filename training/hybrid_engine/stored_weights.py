@@ -1,4 +1,7 @@
-"""Weights as they were at an earlier moment, to go back to, under ZeRO 0-3: each rank keeps what lies with it."""
+"""Weights beside those in use: on the host until they are needed, averaged, or of an earlier moment to go back to.
+
+All work under ZeRO 0-3: each rank stores its own part. Frozen roles are made here too.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,34 +18,34 @@ from training.role_settings import FrozenSettings
 
 
 class WaitingWeights:
-    """Keeps the parameters and buffers of `module` on the host until they are needed."""
+    """Stores the parameters and buffers of `module` on the host until they are needed."""
 
     def __init__(self, module: nn.Module, device: torch.device):
         self.device = device
         self.waiting: list[tuple[Tensor, Tensor]] = []
-        """What the module holds, and its copy on the host."""
-        for held in [*module.parameters(), *module.buffers()]:
-            host = held.detach().to("cpu", copy=held.device.type != "cpu")
-            self.waiting.append((held, host.pin_memory() if device.type == "cuda" else host))
+        """The module's tensors, each with its copy on the host."""
+        for tensor in [*module.parameters(), *module.buffers()]:
+            host = tensor.detach().to("cpu", copy=tensor.device.type != "cpu")
+            self.waiting.append((tensor, host.pin_memory() if device.type == "cuda" else host))
         self._leave()
 
     @contextmanager
     def present(self) -> Iterator[None]:
         """Inside, the weights are on the device; it must not be entered twice at a time."""
-        for held, host in self.waiting:
-            held.data = host.to(self.device, non_blocking=True)
+        for tensor, host in self.waiting:
+            tensor.data = host.to(self.device, non_blocking=True)
         try:
             yield
         finally:
             self._leave()
 
     def _leave(self) -> None:
-        for held, host in self.waiting:
-            held.data = host
+        for tensor, host in self.waiting:
+            tensor.data = host
 
 
 def freeze(model: nn.Module, settings: FrozenSettings, dtype: torch.dtype, ranks: Ranks) -> nn.Module:
-    """A role that only scores: as it is on every rank's device, or divided over the ranks by ZeRO 3."""
+    """Return a role that only scores: as it is on every rank's device, or divided over the ranks by ZeRO 3."""
     model.eval().requires_grad_(False)
     if settings.zero_stage == 0:
         return model.to(ranks.device)
@@ -59,7 +62,7 @@ def divide_to_score(model: nn.Module, dtype: torch.dtype, ranks: Ranks, settings
 
 
 def gathering(model: nn.Module, dtype: torch.dtype, ranks: Ranks, settings: FrozenSettings = DIVIDED) -> nn.Module:
-    """`model`, which is divided, with a forward pass that gathers what it needs."""
+    """Give `model`, which is divided, a forward pass that gathers what it needs."""
     config = deepspeed_config(settings.as_optimizer, dtype, trained=False)
     with ranks.as_world():
         engine, *_ = deepspeed.initialize(model=model.eval(), config=config, dist_init_required=False)
@@ -68,9 +71,9 @@ def gathering(model: nn.Module, dtype: torch.dtype, ranks: Ranks, settings: Froz
 
 
 class MovingAverage:
-    """average = decay * average + (1 - decay) * weights after each optimiser step; fp32, beside the weights.
+    """Makes average = decay * average + (1 - decay) * weights after each optimiser step; fp32, beside the weights.
 
-    Nothing is communicated but in `weights`, at the end.
+    Ranks communicate in `weights` alone, at the end.
     """
 
     def __init__(self, engine: ZeroEngine, decay: float):
@@ -83,7 +86,7 @@ class MovingAverage:
             average.lerp_(part.float(), 1 - self.decay)
 
     def weights(self) -> dict[str, Tensor]:
-        """Whole averaged weights, as `ZeroEngine.trained_weights` gives the trained ones. All ranks call it."""
+        """Return whole averaged weights, as `ZeroEngine.trained_weights` gives the trained ones. All ranks call it."""
         with self._in_place():
             return self.engine.trained_weights()
 
@@ -98,68 +101,68 @@ class MovingAverage:
     @contextmanager
     @torch.no_grad()
     def _in_place(self) -> Iterator[None]:
-        """Inside, the averages stand where the optimiser keeps the weights."""
+        """Inside, the averages are in place of the optimiser's weights."""
         own = self.engine.own_weights()
-        kept = [part.detach().clone() for part in own]
+        weights = [part.detach().clone() for part in own]
         for part, average in zip(own, self.averages, strict=True):
             part.copy_(average)
         try:
             yield
         finally:
-            for part, before in zip(own, kept, strict=True):
+            for part, before in zip(own, weights, strict=True):
                 part.copy_(before)
 
 
-class KeptWeights:
-    """Of a trained role and its moving average, in main memory or in files.
+class WeightsBackup:
+    """Stores the weights of a trained role and its moving average, in main memory or in files.
 
-    The state of the optimiser is not kept: training ends with what is put back.
+    The state of the optimiser is not stored: training ends with what is put back.
     """
 
     def __init__(self, engine: ZeroEngine | None, average: MovingAverage | None = None):
         """`engine` is None on ranks that do not train the role."""
         self.engine = engine
         self.averages = average.averages if average is not None else []
-        self.kept: dict[str, list[Tensor]] = {}
-        self.is_kept = False
-        """Whether there is something to go back to, here or on other ranks."""
+        self.stored: dict[str, list[Tensor]] = {}
+        self.is_stored = False
+        """Whether there are weights to go back to, here or on other ranks."""
 
-    def keep(self) -> None:
-        self.is_kept = True
-        self.kept = {kind: [each.to("cpu", copy=True) for each in tensors] for kind, tensors in self._present.items()}
+    def store(self) -> None:
+        self.is_stored = True
+        self.stored = {kind: [part.to("cpu", copy=True) for part in parts] for kind, parts in self._present.items()}
 
     @property
     def _present(self) -> dict[str, list[Tensor]]:
         if self.engine is None:
             return {}
-        weights = {"weight": [each.detach() for each in self.engine.own_weights()]}
+        weights = {"weight": [part.detach() for part in self.engine.own_weights()]}
         return weights | ({"average": self.averages} if self.averages else {})
 
     def put_back(self) -> None:
-        """All ranks call it."""
+        """Write the stored weights into the role and its average. All ranks call it."""
         if self.engine is None:
             return
-        for kind, tensors in self._present.items():
-            for tensor, before in zip(tensors, self.kept[kind], strict=True):
-                tensor.copy_(before)
+        for kind, parts in self._present.items():
+            for part, before in zip(parts, self.stored[kind], strict=True):
+                part.copy_(before)
         self.engine.refresh()
 
     def save(self, directory: Path) -> None:
         """All ranks call it; each writes its part."""
         if self.engine is not None:
-            self.engine.write(directory, self.kept)
+            self.engine.write(directory, self.stored)
 
     def save_present(self, directory: Path) -> None:
-        """As `save`, of the weights as they are now, which are not kept in memory."""
+        """Save the weights as they are now, without storing them in memory."""
         if self.engine is not None:
             self.engine.write(directory, self._present)
 
     def load(self, directory: Path) -> None:
         """Go on from what `save` wrote."""
-        self.is_kept = True
+        self.is_stored = True
         if self.engine is None:
             return
-        self.kept = {
-            kind: [torch.zeros_like(each, device="cpu") for each in tensors] for kind, tensors in self._present.items()
+        self.stored = {
+            kind: [torch.zeros_like(part, device="cpu") for part in parts] for kind, parts in self._present.items()
         }
-        self.engine.read(directory, self.kept)
+        self.engine.read(directory, self.stored)

@@ -23,11 +23,11 @@ MODELS = ("A", "B")
 
 @dataclass(frozen=True)
 class Pipeline:
-    """One model in training, cut into stages."""
+    """Describes one model in training, cut into stages."""
 
     stages: int
     micro_batches: int
-    """Of each copy."""
+    """The micro-batches of each copy."""
     forward: PerStage
     """Time of a micro-batch's forward on one stage."""
     backward: PerStage
@@ -59,7 +59,7 @@ class Pipeline:
 
     @property
     def is_split(self) -> bool:
-        """The weight-gradient part is an operation of its own."""
+        """Whether the weight-gradient part is an operation of its own."""
         return self.times[0][WEIGHT] > 0
 
     @cached_property
@@ -71,7 +71,7 @@ class Pipeline:
         return self._by_stage(self.activation)
 
     def split(self, share: float = 0.5) -> "Pipeline":
-        """The same with the weight-gradient part, that share of the backward, as an operation of its own."""
+        """Return the same with the weight-gradient part, that share of the backward, as an operation of its own."""
         if self.is_split or not 0 < share < 1:
             raise ValueError("only a whole backward can be split, and the share lies between 0 and 1")
         whole = self._by_stage(self.backward)
@@ -81,8 +81,8 @@ class Pipeline:
 
 
 @dataclass(frozen=True)
-class Instance:
-    """Two pipelines in one optimiser step, and what a schedule of them must keep to."""
+class SchedulingProblem:
+    """Describes two pipelines in one optimiser step, and the limits of their schedule."""
 
     a: Pipeline
     b: Pipeline
@@ -102,12 +102,13 @@ class Instance:
     def devices(self) -> int:
         return math.lcm(self.a.stages, self.b.stages)
 
-    def split(self, share: float = 0.5) -> "Instance":
-        """The same with the weight-gradient part of all backwards, that share of them, as an operation of its own."""
+    def split(self, share: float = 0.5) -> "SchedulingProblem":
+        """Return the same with the weight-gradient part of all backwards, that share of them, as an operation of its
+        own."""
         return replace(self, a=self.a.split(share), b=self.b.split(share))
 
     def stage(self, model: int, device: int) -> int:
-        """Which of the model's stages the device holds."""
+        """Return which of the model's stages the device holds."""
         stages = self.models[model].stages
         stage = device % stages
         return stage if model == 0 else stages - 1 - stage
@@ -119,17 +120,17 @@ class Instance:
         return self.models[model].activations[self.stage(model, device)]
 
     def time_before(self, model: int, device: int, kind: int) -> float:
-        """Time of a micro-batch's operations of a kind on all stages before the device's."""
+        """Return the time of a micro-batch's operations of a kind on all stages before the device's."""
         return sum(times[kind] for times in self.models[model].times[: self.stage(model, device)])
 
     def before(self, model: int, device: int) -> int | None:
-        """The device with the stage before; None at the first stage."""
+        """Return the device with the stage before; None at the first stage."""
         if self.stage(model, device) == 0:
             return None
         return device - 1 if model == 0 else device + 1
 
     def after(self, model: int, device: int) -> int | None:
-        """The device with the stage behind; None at the last stage."""
+        """Return the device with the next stage; None at the last stage."""
         if self.stage(model, device) == self.models[model].stages - 1:
             return None
         return device + 1 if model == 0 else device - 1
@@ -145,46 +146,46 @@ Numbers = dict[Key, list[float]]
 
 @dataclass(frozen=True)
 class Slack:
-    """What surrounds every operation in every schedule."""
+    """Holds the least time before and after every operation, in every schedule."""
 
-    instance: Instance
+    problem: SchedulingProblem
     heads: Numbers
     """Time before the start of the operation."""
     tails: Numbers
     """Time from its end to the end of the schedule."""
 
     @classmethod
-    def of(cls, instance: Instance, cap: float = math.inf) -> "Slack":
-        """In schedules within a memory cap, and within that of the instance."""
-        cap = min(cap, instance.memory_cap)
-        tails = _heads(instance, cap, mirrored=True)
-        return cls(instance, _heads(instance, cap, mirrored=False), {key: row[::-1] for key, row in tails.items()})
+    def of(cls, problem: SchedulingProblem, cap: float = math.inf) -> "Slack":
+        """Find that of schedules within a memory cap, and within that of the problem."""
+        cap = min(cap, problem.memory_cap)
+        tails = _heads(problem, cap, mirrored=True)
+        return cls(problem, _heads(problem, cap, mirrored=False), {key: row[::-1] for key, row in tails.items()})
 
     def lower_bound(self) -> float:
-        """No schedule has a shorter makespan."""
-        return max(_preemptive(self._operations(device)) for device in range(self.instance.devices))
+        """Return a makespan that no schedule is shorter than."""
+        return max(_preemptive(self._operations(device)) for device in range(self.problem.devices))
 
     def memory_bound(self, makespan: float) -> float:
-        """Of the peak memory of schedules that take no longer than `makespan`."""
-        return max(self._memory_bound(device, makespan) for device in range(self.instance.devices))
+        """Return a lower bound of the peak memory of schedules that take no longer than `makespan`."""
+        return max(self._memory_bound(device, makespan) for device in range(self.problem.devices))
 
     def latest(self, makespan: float) -> Numbers:
-        """The latest start of every operation in a schedule of this makespan."""
+        """Return the latest start of every operation in a schedule of this makespan."""
         return {
-            (device, model, kind): [makespan - tail - self.instance.times(model, device)[kind] for tail in row]
+            (device, model, kind): [makespan - tail - self.problem.times(model, device)[kind] for tail in row]
             for (device, model, kind), row in self.tails.items()
         }
 
     def _operations(self, device: int) -> Iterator[tuple[float, float, float]]:
         for key, heads in self.heads.items():
             if key[0] == device:
-                time = self.instance.times(key[1], device)[key[2]]
+                time = self.problem.times(key[1], device)[key[2]]
                 yield from ((head, time, tail) for head, tail in zip(heads, self.tails[key], strict=True))
 
     def _memory_bound(self, device: int, makespan: float) -> float:
         changes = []  # between its latest start and its earliest end a micro-batch is there for certain
-        for model, each in enumerate(self.instance.models):
-            last, times = each.kinds[-1], self.instance.times(model, device)
+        for model, pipeline in enumerate(self.problem.models):
+            last, times = pipeline.kinds[-1], self.problem.times(model, device)
             for tail, head in zip(self.tails[device, model, FORWARD], self.heads[device, model, last], strict=True):
                 start, end = makespan - tail - times[FORWARD], head + times[last]
                 if start < end:
@@ -192,36 +193,36 @@ class Slack:
         alive, peak = [0, 0], 0.0
         for _, change, model in sorted(changes):
             alive[model] += change
-            held = (number * self.instance.activation(model, device) for model, number in enumerate(alive))
+            held = (number * self.problem.activation(model, device) for model, number in enumerate(alive))
             peak = max(peak, sum(held))
         return peak
 
 
-def _heads(instance: Instance, cap: float, mirrored: bool) -> Numbers:
-    """Earliest starts. Mirrored: with time running backwards, so that chains start with what is last.
+def _heads(problem: SchedulingProblem, cap: float, mirrored: bool) -> Numbers:
+    """Return the earliest starts. Mirrored: with time running backwards, so that chains start with what is last.
 
     A model's operations of one kind on one device keep the order of the micro-batches, so all of the kinds k.. of the
     micro-batches i..j there start after kind k of micro-batch i can: they are a load that delays the last kind of j.
     """
     heads: Numbers = {}
-    for model, each in enumerate(instance.models):
-        kinds = each.kinds[::-1] if mirrored else each.kinds
-        downwards = sorted(range(instance.devices), key=lambda device: instance.stage(model, device))
+    for model, pipeline in enumerate(problem.models):
+        kinds = pipeline.kinds[::-1] if mirrored else pipeline.kinds
+        downwards = sorted(range(problem.devices), key=lambda device: problem.stage(model, device))
         heads.update({(device, model, kind): [] for device in downwards for kind in kinds})
-        times = {device: [instance.times(model, device)[kind] for kind in kinds] for device in downwards}
+        times = {device: [problem.times(model, device)[kind] for kind in kinds] for device in downwards}
         windows = {}  # a forward waits for the memory of the micro-batch that many before it
         for device in downwards:
-            activation = instance.activation(model, device)
+            activation = problem.activation(model, device)
             fits = cap / activation * (1 + ROUNDING) if activation else math.inf
-            windows[device] = max(1, int(min(fits, each.micro_batches)))
+            windows[device] = max(1, int(min(fits, pipeline.micro_batches)))
         loads: dict[tuple[int, int, int], float] = {}
-        for number in range(each.micro_batches):
+        for number in range(pipeline.micro_batches):
             for position, kind in enumerate(kinds):
                 goes_down = (kind == FORWARD) != mirrored
                 for device in downwards if goes_down else downwards[::-1]:
                     mine, own, window = heads[device, model, kind], times[device], windows[device]
                     head = mine[-1] + own[position] if mine else 0.0
-                    source = instance.before(model, device) if goes_down else instance.after(model, device)
+                    source = problem.before(model, device) if goes_down else problem.after(model, device)
                     if source is not None and kind != WEIGHT:
                         head = max(head, heads[source, model, kind][number] + times[source][position])
                     if position == 0 and number >= window:
@@ -237,7 +238,8 @@ def _heads(instance: Instance, cap: float, mirrored: bool) -> Numbers:
 
 
 def _preemptive(operations: Iterator[tuple[float, float, float]]) -> float:
-    """The shortest makespan of one device that may interrupt an operation for one with a longer tail (Jackson)."""
+    """Return the shortest makespan of one device that may interrupt an operation for one with a longer tail
+    (Jackson)."""
     waiting = sorted(operations, reverse=True)
     ready: list[tuple[float, float]] = []  # (-tail, time left)
     now, makespan = 0.0, 0.0
