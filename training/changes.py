@@ -21,7 +21,7 @@ from training.run_directory import RunDirectory, StepDirectory, numbered, read_j
 from training.steps import COMPARED, STEPS, Step, step_of
 
 
-class Kind(Enum):
+class SettingKind(Enum):
     """What a setting decides, and so whether it may change."""
 
     FREE = "memory, disk, processes and what lies on each, what is shown: teaches nothing"
@@ -32,14 +32,14 @@ class Kind(Enum):
 
 
 NAMES = {
-    Kind.FREE: """
+    SettingKind.FREE: """
         announce method processes threads zero_stage offload generation_tensor_parallel micro_batch_tokens
         generation_batch release_generation gradient_checkpointing checkpoint_every keep_checkpoints reward_url
         reward_timeout reward_retries architecture plan""",
-    Kind.RECORD: "measure samples_every sample_prompts rollouts_every",
-    Kind.EVALUATION: "eval_every eval_rows eval_prompts",
-    Kind.LENGTH: "epochs max_steps iterations",
-    Kind.LEARNED: """
+    SettingKind.RECORD: "measure samples_every sample_prompts rollouts_every",
+    SettingKind.EVALUATION: "eval_every eval_rows eval_prompts",
+    SettingKind.LENGTH: "epochs max_steps iterations",
+    SettingKind.LEARNED: """
         model reward_model sft_model trained_reward_model reference_model fork_of seed dtype save_dtype source
         eval_source split held_out split_seed max_prompt_tokens max_response_tokens parent limit comparisons bad_rows
         batch_size
@@ -54,13 +54,13 @@ NAMES = {
 }
 """Settings of each kind, by the last part of their keys."""
 KINDS = {name: kind for kind, names in NAMES.items() for name in names.split()} | {
-    "reward.eval_rows": Kind.LEARNED,  # the scores are normalised on them
-    **dict.fromkeys(("rlhf.fusion", "rlhf.scoring_tensor_parallel", "logging", "evaluation"), Kind.FREE),
+    "reward.eval_rows": SettingKind.LEARNED,  # the scores are normalised on them
+    **dict.fromkeys(("rlhf.fusion", "rlhf.scoring_tensor_parallel", "logging", "evaluation"), SettingKind.FREE),
 }
 """The kind of a setting by its name, or by its key or group where the name alone does not tell."""
 
 
-def kind_of(key: str) -> Kind:
+def kind_of(key: str) -> SettingKind:
     """Look up the kind of a dotted key, which may lead into a mapping. Raises LookupError for one without a kind."""
     parts = key.split(".")
     names = [name for depth, part in enumerate(parts, 1) for name in (".".join(parts[:depth]), part)]
@@ -73,14 +73,14 @@ def teaches(key: str, config: RunConfig) -> bool:
     kind = kind_of(key)
     if key == "rlhf.reward_url":  # from another address come the same scores, from none there are none
         return not config.rlhf.reward_url
-    if kind is Kind.EVALUATION:
+    if kind is SettingKind.EVALUATION:
         return getattr(config, key.partition(".")[0]).keep == "best"
-    return kind not in (Kind.FREE, Kind.RECORD)
+    return kind not in (SettingKind.FREE, SettingKind.RECORD)
 
 
 def is_recorded(key: str) -> bool:
     """Whether the setting says what a step records while it trains."""
-    return kind_of(key) in (Kind.RECORD, Kind.EVALUATION)
+    return kind_of(key) in (SettingKind.RECORD, SettingKind.EVALUATION)
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -126,7 +126,7 @@ def lengthened(run: RunDirectory, before: RunConfig, now: RunConfig) -> dict[Ste
     another one of them is trained again instead. Raises UserError for one that cannot go on."""
     lengths: dict[Step, dict[str, tuple[Any, Any]]] = {}
     for key, values in differences(before.model_dump(), now.model_dump()).items():
-        if kind_of(key) is Kind.LENGTH:
+        if kind_of(key) is SettingKind.LENGTH:
             lengths.setdefault(step_of(key.partition(".")[0]), {})[key] = values
     longer: dict[Step, dict[str, tuple[Any, Any]]] = {}
     for step in sorted(lengths, key=STEPS.index):

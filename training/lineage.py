@@ -115,7 +115,7 @@ def reward_model_before(config: RunConfig) -> str:
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """A model that another one began with, or was trained with."""
 
     name: str
@@ -124,7 +124,7 @@ class Source:
     """Whether it is a pretrained model as far as anybody says, so that nobody asks what it was trained on."""
 
 
-def sources_of(config: RunConfig) -> Iterator[Source]:
+def sources_of(config: RunConfig) -> Iterator[ModelSource]:
     """Yield the models that the settings of a run name."""
     for path, is_base in (
         (config.sft_model, False),
@@ -134,24 +134,24 @@ def sources_of(config: RunConfig) -> Iterator[Source]:
         (config.reward_model, True),
     ):
         if path:
-            yield Source(path, path, is_base)
+            yield ModelSource(path, path, is_base)
 
 
-def before(origin: Origin) -> Iterator[Source]:
+def before(origin: Origin) -> Iterator[ModelSource]:
     """Yield what a step began with, and whose judgement it followed."""
     config, step = origin.run.read_config(), origin.step
     for earlier in config.steps_before(step):
         path = config.given_model(earlier) or str(origin.run.step(earlier).model)
-        yield Source(path, path)
+        yield ModelSource(path, path)
     if step.compared_with and config.reference_model:
-        yield Source(config.reference_model, config.reference_model, config.reference_model == config.model)
+        yield ModelSource(config.reference_model, config.reference_model, config.reference_model == config.model)
     if step is SFT:
-        yield Source(config.model, config.model, is_base=True)
+        yield ModelSource(config.model, config.model, is_base=True)
     elif step is REWARD and config.reward.initialize_from == "base":
-        yield Source(config.reward_model_source, config.reward_model_source, is_base=True)
+        yield ModelSource(config.reward_model_source, config.reward_model_source, is_base=True)
 
 
-def trace(sources: Iterable[Source]) -> tuple[list[Origin], list[str]]:
+def trace(sources: Iterable[ModelSource]) -> tuple[list[Origin], list[str]]:
     """Find all steps that the models went through, and the models of which nobody knows where they come from."""
     origins: dict[tuple[Path, Step], Origin] = {}
     unknown: dict[str, None] = {}
@@ -170,7 +170,7 @@ def trace(sources: Iterable[Source]) -> tuple[list[Origin], list[str]]:
     return list(origins.values()), list(unknown)
 
 
-def trained_elsewhere(run: RunDirectory, sources: Iterable[Source]) -> list[str]:
+def trained_elsewhere(run: RunDirectory, sources: Iterable[ModelSource]) -> list[str]:
     """Write a sentence for each other run that the models went through: how many of the rows that `run` holds out have
     a question that was trained on there; and one for each model of which nobody can know."""
     origins, unknown = trace(sources)

@@ -14,7 +14,7 @@ from typing import Any
 from inference.disk import writing
 from inference.errors import UserError, typed
 from inference.streams import redacted, redacted_arguments
-from training.changes import Kind, differences, kind_of, make_way, may_have_length, plan_change, teaches
+from training.changes import SettingKind, differences, kind_of, make_way, may_have_length, plan_change, teaches
 from training.config import RunConfig
 from training.config_files import as_typed, load_config, with_absolute_paths
 from training.data.find_files import find_files, find_set
@@ -88,7 +88,7 @@ def refuse_others(run: RunDirectory, stored: RunConfig, config: RunConfig) -> No
     for step in STEPS:
         if stored.seed_of(step) == config.seed_of(step):
             others.pop(f"{step.command}.seed", None)
-    for key in [key for key in others if kind_of(key) is Kind.LENGTH]:
+    for key in [key for key in others if kind_of(key) is SettingKind.LENGTH]:
         if may_have_length(run, step_of(key.partition(".")[0]), stored, config):
             del others[key]
     if not others:

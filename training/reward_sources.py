@@ -40,7 +40,7 @@ class NobodyAnswers(RewardFailed):
     """An address may answer later."""
 
 
-class Source(Protocol):
+class RewardSource(Protocol):
     """Gives one number for each response. Raises RewardFailed."""
 
     @property

@@ -16,8 +16,8 @@ from training.reward_sources import (
     RewardEndpoint,
     RewardFailed,
     RewardFunction,
+    RewardSource,
     Row,
-    Source,
 )
 from training.reward_specs import names_of
 from training.rlhf_settings import RLHFSettings
@@ -59,7 +59,7 @@ class Rewards:
         self.settings, self.ranks, self.weights = settings, ranks, settings.reward_weights
         self.has_model = settings.has_reward_model
         self.model_is_normalized = model_is_normalized
-        self.sources: list[tuple[Source, float]] = []
+        self.sources: list[tuple[RewardSource, float]] = []
         specs = settings.asked_functions
         for name, spec in zip(names_of(specs), specs, strict=True):
             source = RewardFunction(spec.text, name) if spec.file else RewardByName(spec, name)
@@ -140,7 +140,7 @@ class Rewards:
         return parts
 
     def _ask(
-        self, source: Source, prompts: list[list[Message]], responses: list[str], rows: list[Row], group: int
+        self, source: RewardSource, prompts: list[list[Message]], responses: list[str], rows: list[Row], group: int
     ) -> list[float]:
         share = -(-len(responses) // group // self.ranks.size) * group
         ours = slice(self.ranks.rank * share, (self.ranks.rank + 1) * share)

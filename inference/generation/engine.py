@@ -23,6 +23,7 @@ from inference.generation.sampler import Draw, Sample, SamplingKey, SamplingSett
 class GenerationStats:
     """The work of generation so far. A row-step is one row of one decode step."""
 
+    slots: int
     samples: int = 0
     prompt_tokens: int = 0
     prefilled_tokens: int = 0
@@ -266,7 +267,7 @@ class GenerationEngine:
         self.cache = KVCache(0, 0)
         self._blocked: Future[BlockedWeights] | None = None
         self._replay: Replay | None = None
-        self.stats = GenerationStats()
+        self.stats = GenerationStats(slots)
 
     def generate(
         self,
@@ -317,7 +318,7 @@ class GenerationEngine:
         if not self.cache.fits(slots, capacity):
             most, longest = max(slots, self.room[0]), max(capacity, self.room[1])
             self.cache = KVCache(most, longest, preferred_cache_dtype(self.model, self.exact), self.exact)
-        self.stats = GenerationStats()
+        self.stats = GenerationStats(slots)
         if self.exact is None or self.exact.blocked:
             self.prepare()
         passes = make_passes(self.model, self.cache, self.pad_id, self.exact)

@@ -12,7 +12,7 @@ from inference.errors import UserError
 from tests.tiny_runs import messages
 from training.config_files import validate_config
 from training.lineage import (
-    Source,
+    ModelSource,
     base_model,
     inherit,
     newest_reward_model,
@@ -168,7 +168,7 @@ def test_held_out_questions_that_the_models_were_trained_on_are_counted(parent, 
     (sentence,) = trained_elsewhere(judged, sources_of(judged.read_config()))
     assert "2 of 3 prompts, 0 of 2 pairs" in sentence and "(step 1, 2), and so have 1 of 2 prompts" in sentence
     assert sentence.endswith("; it was shared out otherwise (data.held_out).")
-    (sentence,) = trained_elsewhere(child, [Source("parent", model(parent, PPO))])  # went through all three steps
+    (sentence,) = trained_elsewhere(child, [ModelSource("parent", model(parent, PPO))])  # went through all three steps
     assert "2 of 3 prompts, 1 of 2 pairs, 0 of 1 demonstrations" in sentence and "(step 1, 2, 3)" in sentence
 
 
@@ -196,13 +196,16 @@ def test_what_cannot_be_known_is_said(parent, tmp_path):
 
 
 def test_nothing_is_said_of_a_runs_own_models_and_of_pretrained_ones(parent):
-    assert trained_elsewhere(parent, [Source("SFT", model(parent, SFT)), Source("base model", "tiny", True)]) == []
+    assert (
+        trained_elsewhere(parent, [ModelSource("SFT", model(parent, SFT)), ModelSource("base model", "tiny", True)])
+        == []
+    )
 
 
 def test_demonstrations_that_ppo_mixed_in_were_trained_on(parent, tmp_path):
     mixed = make_run(tmp_path / "mixed", {"sft_train": ["Else?"]}, sft_model="tiny", rlhf={"ptx": {"coefficient": 1}})
     child = fork(tmp_path / "child", HELD_OUT)
-    (sentence, _) = trained_elsewhere(child, [Source("mixed", model(mixed, PPO))])
+    (sentence, _) = trained_elsewhere(child, [ModelSource("mixed", model(mixed, PPO))])
     assert "0 of 3 prompts, 1 of 2 pairs, 1 of 1 demonstrations" in sentence
 
 

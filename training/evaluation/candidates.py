@@ -19,7 +19,7 @@ from inference.generation.sampler import Sample
 from training.checkpoints import checkpoint_of
 from training.data.batching import TokenBatch, plan_micro_batches
 from training.data_settings import DataSettings
-from training.lineage import Source, base_model, label_of, origin_of, reward_model_before
+from training.lineage import ModelSource, base_model, label_of, origin_of, reward_model_before
 from training.models.loading import load_causal_lm, load_scorer, require_scorer
 from training.models.policy import Policy, Scorer, at_last_token
 from training.run_directory import RunDirectory
@@ -101,10 +101,10 @@ def base_directory(stage: Stage) -> Path:
     )
 
 
-def sources(stage: Stage, candidates: Iterable[Candidate], judge: Judge | None) -> list[Source]:
-    result = [Source(model.name, str(model.directory), model.key == "base") for model in candidates]
+def sources(stage: Stage, candidates: Iterable[Candidate], judge: Judge | None) -> list[ModelSource]:
+    result = [ModelSource(model.name, str(model.directory), model.key == "base") for model in candidates]
     if judge is not None and isinstance(judge.source, Path):
-        result.append(Source(judge.name.removeprefix("reward of "), str(judge.source)))
+        result.append(ModelSource(judge.name.removeprefix("reward of "), str(judge.source)))
     return result
 
 
@@ -149,7 +149,7 @@ Row = tuple[Tensor, Tensor]  # prompt ids, response ids: int64 (length) each
 
 
 @dataclass
-class Answers:
+class ModelAnswers:
     """A model's answers in the order of the prompts, and in the tokens of `chat_format`."""
 
     chat_format: ChatFormat
@@ -157,8 +157,8 @@ class Answers:
     samples: list[Sample]
     texts: list[str]
 
-    def first(self, count: int) -> "Answers":
-        return Answers(self.chat_format, self.prompts[:count], self.samples[:count], self.texts[:count])
+    def first(self, count: int) -> "ModelAnswers":
+        return ModelAnswers(self.chat_format, self.prompts[:count], self.samples[:count], self.texts[:count])
 
     def rows(self, reader: ChatFormat, data: DataSettings, to_score: bool = False) -> list[Row]:
         """Return them as `reader` has them: the same tokens, or the text tokenised again; no end token where the answer
@@ -211,7 +211,7 @@ class Reader:
                 result[row] = values
         return result
 
-    def logprobs_of(self, answers: Answers, temperature: float = 1.0) -> list[Tensor]:
+    def logprobs_of(self, answers: ModelAnswers, temperature: float = 1.0) -> list[Tensor]:
         return self.logprobs(answers.rows(self.chat_format, self.stage.config.data), temperature)
 
 
@@ -254,7 +254,7 @@ class RewardModel:
             )
         return [score_of[key] for key in keys]
 
-    def scores_of_both(self, theirs: Answers, ours: Answers) -> tuple[list[float], list[float]]:
+    def scores_of_both(self, theirs: ModelAnswers, ours: ModelAnswers) -> tuple[list[float], list[float]]:
         """Score two models' answers; one that both gave has one score, so it is a tie."""
         first, second = (
             answers.rows(self.chat_format, self.stage.config.data, to_score=True) for answers in (theirs, ours)

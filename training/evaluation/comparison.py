@@ -27,8 +27,8 @@ from training.data.token_cache import LENGTH_BUCKETS, TokenPair, left_out, lengt
 from training.data_settings import DataSettings
 from training.evaluation import statistics
 from training.evaluation.candidates import (
-    Answers,
     Candidate,
+    ModelAnswers,
     Reader,
     Request,
     RewardModel,
@@ -250,7 +250,7 @@ class Comparison:
             return "perplexity_sft_model", self.stage.model_directory(self.stage.config.sft_model)
 
     def score(
-        self, theirs: Answers, ours: Answers, pair: dict[str, dict[str, float]], result: dict[str, Any]
+        self, theirs: ModelAnswers, ours: ModelAnswers, pair: dict[str, dict[str, float]], result: dict[str, Any]
     ) -> tuple[list[float], list[float]] | None:
         """Return the judge's scores of both models' answers; rewards land in `pair`, accuracies in `result`."""
         known: dict[Path | str, tuple[list[float], list[float]]] = {"truth": (truth(theirs), truth(ours))}
@@ -281,7 +281,10 @@ class Comparison:
             result["win_rate_before"] = of_before | {"judge": self.judge_before.name}
         if self.rewards is not None:
             of_model = known[self.reward_model] if self.reward_model and self.rewards.has_model else ([], [])
-            totals = self.total(self.rewards, of_model[0], theirs), self.total(self.rewards, of_model[1], ours)
+            totals = [
+                self.rewards.total(learned, self.prompts, answers.texts, self.extras, group=1)
+                for learned, answers in zip(of_model, (theirs, ours), strict=True)
+            ]
             known["reward"] = totals[0][0], totals[1][0]
             for candidate, (scores, means) in zip((self.against, self.model), totals, strict=True):
                 pair[candidate.key]["reward"] = statistics.mean(scores)
@@ -294,11 +297,7 @@ class Comparison:
         trained_here = self.given is None and not self.stage.config.given_model(REWARD)
         return self.stage.run.step(REWARD).read_result() if trained_here else {}
 
-    def total(self, rewards: Rewards, of_model: list[float], answers: Answers) -> tuple[list[float], dict[str, float]]:
-        """Compute the sum that PPO was told to raise, answer by answer, and the mean of each source."""
-        return rewards.total(of_model, self.prompts, answers.texts, self.extras, group=1)
-
-    def answer(self, reader: Reader, candidate: Candidate) -> Answers:
+    def answer(self, reader: Reader, candidate: Candidate) -> ModelAnswers:
         """Sample answers as in PPO's rollouts, with the same random numbers for every model."""
         chat_format, limit = reader.chat_format, self.data.max_prompt_tokens
         prompts = [torch.tensor(chat_format.prompt_ids(row["prompt"], limit)) for row in self.held_out]
@@ -315,7 +314,7 @@ class Comparison:
                 bar.advance()
         samples.sort(key=lambda sample: sample.index)
         texts = [chat_format.decode(sample.response_ids) for sample in samples]
-        return Answers(chat_format, [row["prompt"] for row in self.held_out], samples, texts)
+        return ModelAnswers(chat_format, [row["prompt"] for row in self.held_out], samples, texts)
 
     def slots(self, model: PreTrainedModel) -> int:
         """Return how many answers are drawn together: as in PPO, or as many as a GPU has memory for."""
@@ -325,7 +324,7 @@ class Comparison:
         free_bytes, _ = torch.cuda.mem_get_info(device)
         return slots_in(free_bytes, Shape.of(model.config), self.data.longest, model.dtype)
 
-    def read(self, answers: Answers) -> Answers:
+    def read(self, answers: ModelAnswers) -> ModelAnswers:
         """Choose the answers whose KL and perplexity are taken: they cost as much as all the rest."""
         return answers.first(self.stage.config.evaluation.rows)
 
@@ -334,7 +333,7 @@ class Comparison:
         rows = [encode(reader.chat_format, row["prompt"], row["response"], self.data) for row in self.demonstrations]
         return {"perplexity_demonstrations": perplexity_of(reader.logprobs(rows))} if rows else {}
 
-    def measure(self, answers: Answers) -> dict[str, float]:
+    def measure(self, answers: ModelAnswers) -> dict[str, float]:
         lengths = [len(sample.response_ids) for sample in answers.samples]
         measured = {
             "length": statistics.mean(lengths),
@@ -347,7 +346,7 @@ class Comparison:
         return measured | of_sources(means_by_name(self.settings, self.prompts, answers.texts, self.extras))
 
     def write_answers(
-        self, file: Path, theirs: Answers, ours: Answers, scores: tuple[list[float], list[float]] | None
+        self, file: Path, theirs: ModelAnswers, ours: ModelAnswers, scores: tuple[list[float], list[float]] | None
     ) -> None:
         """Write both models' answers, prompt by prompt, with the judge's scores."""
         lines = []
@@ -364,7 +363,7 @@ def of_sources(means: dict[str, float]) -> dict[str, float]:
     return {f"reward/{name}": mean for name, mean in means.items()}
 
 
-def truth(answers: Answers) -> list[float]:
+def truth(answers: ModelAnswers) -> list[float]:
     return [upbeat_score(text) for text in answers.texts]
 
 

@@ -72,7 +72,7 @@ def test_cache_and_graphs_that_are_made_for_the_largest_call_stay():
     list(engine.generate(PROMPTS[:2], GREEDY, KEY))
     cache, replay, stats = engine.cache, engine._replay, engine.stats
     assert (cache.slots, cache.capacity) == (6, 40)
-    assert stats.row_steps > 0.5 * 2 * stats.decode_steps  # of the slots that two samples need
+    assert stats.row_steps > 0.5 * stats.slots * stats.decode_steps  # of the slots that two samples need
     samples = run(engine, DRAWN)
     assert engine.cache is cache and engine._replay is replay
     assert_same(samples, run(GenerationEngine(model, ENDS, PAD, 6, graphs=True), DRAWN))

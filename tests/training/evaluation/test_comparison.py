@@ -19,7 +19,7 @@ from tests.tiny_runs import QUESTIONS, messages
 from tests.training.evaluation.preferences import preference
 from training.config_files import validate_config
 from training.data_settings import DataSettings
-from training.evaluation.candidates import Answers, Request, RewardModel, find_pair, reading, same_tokens, sources
+from training.evaluation.candidates import ModelAnswers, Request, RewardModel, find_pair, reading, same_tokens, sources
 from training.evaluation.comparison import Comparison, accuracy_by_length, reward_accuracy, win_rate
 from training.evaluation.statistics import share
 from training.lineage import trained_elsewhere
@@ -180,7 +180,7 @@ def test_measures_of_answers_by_hand(stage, finished):
         Sample(i, torch.tensor([5]), 12, ids, [], ended=ids[-1] == chat_format.end_of_turn_id)
         for i, (ids, _) in enumerate(told)
     ]
-    found = Comparison(stage).measure(Answers(chat_format, [], samples, [text for _, text in told]))
+    found = Comparison(stage).measure(ModelAnswers(chat_format, [], samples, [text for _, text in told]))
     expected = {"length": 17 / 3, "ended_fraction": 2 / 3, "distinct_bigrams": 2 / 4, "most_frequent_share": 1 / 3}
     assert found == pytest.approx(expected)
 
@@ -367,7 +367,7 @@ def test_answers_are_read_by_their_text_where_tokens_differ(finished):
         Sample(i, torch.tensor(ours.prompt_ids(prompt)), 12, response_of(ours, text, ended), [], ended)
         for i, (text, ended) in enumerate(told)
     ]
-    answers = Answers(ours, [prompt, prompt], samples, [text for text, _ in told])
+    answers = ModelAnswers(ours, [prompt, prompt], samples, [text for text, _ in told])
     rows = answers.rows(other, DataSettings())
     assert [row[1].tolist()[-1] == other.end_of_turn_id for row in rows] == [True, False]
     assert "Person: Hello?" in tokenizer.decode(rows[0][0])

@@ -11,7 +11,7 @@ from inference.generation.sampler import Sample
 from tests.inference.templates import FAMILIES, bytes_tokenizer
 from training.calls import rlhf_calls
 from training.data_settings import DataSettings
-from training.evaluation.candidates import Answers
+from training.evaluation.candidates import ModelAnswers
 from training.step3_rlhf.experience import Experience, total_score
 from training.step3_rlhf.rollout import Rollouts
 
@@ -59,7 +59,7 @@ def test_the_reward_model_reads_the_end_that_it_was_taught_and_the_others_what_w
 
 
 def test_evaluation_scores_as_training_does(chat_format):
-    answers = Answers(chat_format, [[]] * 3, samples(), ["", "", ""])
+    answers = ModelAnswers(chat_format, [[]] * 3, samples(), ["", "", ""])
     drawn = [ids.tolist() for _, ids in answers.rows(chat_format, DataSettings())]
     scored = [ids.tolist() for _, ids in answers.rows(chat_format, DataSettings(), to_score=True)]
     assert drawn == [[70, TAUGHT], [71, 72, OTHER], [73, 74]]
