@@ -22,8 +22,17 @@ from pathlib import Path
 from benchmarks.fused_replay import check, replay
 from training.pictures import Bar, Panel, gantt_svg
 from training.planner.fusion.event_loop import PER_DEVICE, PER_MODEL, EventLoop, Rule
-from training.planner.fusion.problem import FORWARD, KINDS, MODELS, ROUNDING, Pipeline, SchedulingProblem
-from training.planner.fusion.schedule import Schedule, serial_1f1b, timed
+from training.planner.fusion.problem import (
+    BACKWARD,
+    FORWARD,
+    KINDS,
+    MODELS,
+    ROUNDING,
+    WEIGHT,
+    Pipeline,
+    SchedulingProblem,
+)
+from training.planner.fusion.schedule import Schedule, ScheduledOperation, serial_1f1b, timed
 from training.planner.fusion.search import SECONDS, ScheduleResult, find_schedule
 
 SECONDS_TARGET, MEMORY_TARGET = 20, 1.10
@@ -166,12 +175,37 @@ def print_summary(results: list[Result]) -> list[str]:
     return missed
 
 
+def split_pipeline(pipeline: Pipeline, share: float = SPLIT_SHARE) -> Pipeline:
+    """Make the weight-gradient part, that share of every backward, an operation of its own."""
+    backwards = [times[BACKWARD] for times in pipeline.times]
+    rest, weights = (tuple(time * part for time in backwards) for part in (1 - share, share))
+    return replace(pipeline, backward=rest, weight=weights)
+
+
+def split_problem(problem: SchedulingProblem, share: float = SPLIT_SHARE) -> SchedulingProblem:
+    """Split the backwards of both models."""
+    return replace(problem, a=split_pipeline(problem.a, share), b=split_pipeline(problem.b, share))
+
+
+def split_schedule(schedule: Schedule, share: float = SPLIT_SHARE) -> Schedule:
+    """Split every backward, the weight-gradient part right after the other."""
+    operations: list[ScheduledOperation] = []
+    for operation in schedule.operations:
+        if operation.kind == BACKWARD:
+            middle = operation.start + (1 - share) * (operation.end - operation.start)
+            operations.append(operation._replace(end=middle))
+            operations.append(operation._replace(kind=WEIGHT, start=middle))
+        else:
+            operations.append(operation)
+    return Schedule(split_problem(schedule.problem, share), tuple(operations))
+
+
 def print_split(results: list[Result], share: float, seed: int, seconds: float) -> None:
     """What split backwards bring. The search starts from the fused schedule, so it is never worse."""
     print(f"\nbackwards split, {share:.0%} for the weight gradients:")
     print("  id    whole    split    bound   memory    split")
     for result in results:
-        whole = result.outcome.schedule.split(share)
+        whole = split_schedule(result.outcome.schedule, share)
         outcome = find_schedule(whole.problem, seed, seconds=seconds, start=whole)
         split = outcome.schedule
         checked(split)

@@ -59,7 +59,6 @@ class StageEngine(ZeroEngine):
         ranks: Ranks,
         pipeline: Ranks,
         cut: StageCut,
-        dropout: bool = False,
     ):
         assert len(cut.layers) > 1
         self.pipeline, self.cut = pipeline, cut
@@ -85,7 +84,7 @@ class StageEngine(ZeroEngine):
         """The gradient of the copy, summed over micro-batches in fp32."""
         if self.copy is not None:
             self.copy.requires_grad_(False)
-        super().__init__(model, settings, dtype, total_steps, ranks, dropout)
+        super().__init__(model, settings, dtype, total_steps, ranks)
 
     def work(self, passes: Sequence[Pass]) -> "TrainingWork":
         """Return this stage's forward and backward passes before the next step."""

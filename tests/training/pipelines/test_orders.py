@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from benchmarks.fused_schedules import split_problem
 from tests.training.pipelines.works import random_orders
 from training.hybrid_engine.layout import Layout
 from training.pipelines.orders import (
@@ -218,7 +219,7 @@ def test_what_cannot_be_computed_is_refused(rows, why):
         (SchedulingProblem(Pipeline(2, 1, 1, 2, 1), Pipeline(1, 1, 1, 2, 1)), "1 stages and 1 micro-batches of critic"),
         (SchedulingProblem(Pipeline(2, 2, 1, 2, 1), Pipeline(2, 1, 1, 2, 1)), "2 stages and 2 micro-batches of actor"),
         (SchedulingProblem(Pipeline(4, 1, 1, 2, 1), Pipeline(2, 1, 1, 2, 1)), "4 stages and 1 micro-batches of actor"),
-        (SchedulingProblem(Pipeline(2, 1, 1, 2, 1), Pipeline(2, 1, 1, 2, 1)).split(), "weight of actor"),
+        (split_problem(SchedulingProblem(Pipeline(2, 1, 1, 2, 1), Pipeline(2, 1, 1, 2, 1))), "weight of actor"),
     ],
 )
 def test_a_schedule_of_something_else_is_refused(problem, why):

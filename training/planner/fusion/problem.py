@@ -9,7 +9,7 @@ The problem: RLHFuse (arXiv 2409.13221, section 5).
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from heapq import heappop, heappush
 
@@ -70,15 +70,6 @@ class Pipeline:
     def activations(self) -> tuple[float, ...]:
         return self._by_stage(self.activation)
 
-    def split(self, share: float = 0.5) -> "Pipeline":
-        """Return the same with the weight-gradient part, that share of the backward, as an operation of its own."""
-        if self.is_split or not 0 < share < 1:
-            raise ValueError("only a whole backward can be split, and the share lies between 0 and 1")
-        whole = self._by_stage(self.backward)
-        return replace(
-            self, backward=tuple(time * (1 - share) for time in whole), weight=tuple(time * share for time in whole)
-        )
-
 
 @dataclass(frozen=True)
 class SchedulingProblem:
@@ -101,11 +92,6 @@ class SchedulingProblem:
     @cached_property
     def devices(self) -> int:
         return math.lcm(self.a.stages, self.b.stages)
-
-    def split(self, share: float = 0.5) -> "SchedulingProblem":
-        """Return the same with the weight-gradient part of all backwards, that share of them, as an operation of its
-        own."""
-        return replace(self, a=self.a.split(share), b=self.b.split(share))
 
     def stage(self, model: int, device: int) -> int:
         """Return which of the model's stages the device holds."""

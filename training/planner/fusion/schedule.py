@@ -65,19 +65,6 @@ class Schedule:
     def peak_memory(self) -> float:
         return max(self.device_memory)
 
-    def split(self, share: float = 0.5) -> "Schedule":
-        """Return the same with every backward cut in two, the weight-gradient part right after the other."""
-        problem = self.problem.split(share)
-        operations: list[ScheduledOperation] = []
-        for operation in self.operations:
-            if operation.kind == BACKWARD:
-                middle = operation.start + (1 - share) * (operation.end - operation.start)
-                operations.append(operation._replace(end=middle))
-                operations.append(operation._replace(kind=WEIGHT, start=middle))
-            else:
-                operations.append(operation)
-        return Schedule(problem, tuple(operations))
-
     def _peak(self, device: int) -> float:
         problem = self.problem
         changes = []  # (time, -1 or 1, model): what ends at a time is freed before what begins then is taken

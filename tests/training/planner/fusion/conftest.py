@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.fused_schedules import split_pipeline, split_problem
 from training.planner.fusion.problem import BACKWARD, FORWARD, WEIGHT, Pipeline, SchedulingProblem
 from training.planner.fusion.schedule import Order
 
@@ -12,8 +13,8 @@ PROBLEMS = {
     "equal": SchedulingProblem(Pipeline(3, 4, 2, 4, 1.5), Pipeline(3, 4, 1, 2, 1)),
     "copies": SchedulingProblem(Pipeline(4, 4, 3, 6, 1.5), Pipeline(2, 2, 2, 4, 2)),
     "no whole multiple": SchedulingProblem(Pipeline(3, 2, 1, 1.5, 1), Pipeline(2, 3, 0.7, 1.4, 0.3)),
-    "split": SchedulingProblem(Pipeline(3, 4, 2, 4, 1.5), Pipeline(3, 3, 1, 2, 1)).split(0.5),
-    "one split": SchedulingProblem(Pipeline(4, 3, 2, 4, 1.5).split(0.4), Pipeline(2, 3, 1, 2, 1)),
+    "split": split_problem(SchedulingProblem(Pipeline(3, 4, 2, 4, 1.5), Pipeline(3, 3, 1, 2, 1))),
+    "one split": SchedulingProblem(split_pipeline(Pipeline(4, 3, 2, 4, 1.5), 0.4), Pipeline(2, 3, 1, 2, 1)),
     "unequal": SchedulingProblem(
         Pipeline(3, 4, (1, 2, 3), (2, 5, 4), (1, 2, 0.5)), Pipeline(3, 3, 2, (3, 6, 4), (2, 0, 1))
     ),
@@ -21,7 +22,8 @@ PROBLEMS = {
         Pipeline(4, 3, (3, 1, 2, 5), (6, 2, 3, 4), (1, 0.5, 2, 1)), Pipeline(2, 2, (2, 3), (4, 7), 1.5)
     ),
     "unequal split": SchedulingProblem(
-        Pipeline(3, 4, (1, 2, 3), (2, 4, 3), 1, (0.5, 2, 1)), Pipeline(3, 3, (3, 1, 1), (4, 2, 2), 1).split(0.25)
+        Pipeline(3, 4, (1, 2, 3), (2, 4, 3), 1, (0.5, 2, 1)),
+        split_pipeline(Pipeline(3, 3, (3, 1, 1), (4, 2, 2), 1), 0.25),
     ),
 }
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.fused_replay import check, replay
-from benchmarks.fused_schedules import interleaved_greedy
+from benchmarks.fused_schedules import interleaved_greedy, split_problem, split_schedule
 from training.planner.fusion.problem import BACKWARD, FORWARD, WEIGHT, Pipeline, SchedulingProblem
 from training.planner.fusion.schedule import ImpossibleSchedule, Schedule, serial_1f1b, timed
 
@@ -79,7 +79,7 @@ def test_memory_is_held_from_the_start_of_a_forward_to_the_end_of_its_backward(o
 
 
 def test_a_split_backward_frees_memory_with_its_second_part():
-    problem = ONE_DEVICE.split(0.5)
+    problem = split_problem(ONE_DEVICE)
     late = [A_FORWARD, A_BACKWARD, A_FORWARD, A_BACKWARD, (0, WEIGHT), (0, WEIGHT), B_FORWARD, B_BACKWARD, (1, WEIGHT)]
     schedule = timed(problem, [late])
     assert schedule.peak_memory == 6 and schedule.makespan == 9
@@ -89,9 +89,9 @@ def test_whole_backwards_cut_in_two_take_the_same_time_and_memory(problem):
     if any(each.is_split for each in problem.models):
         pytest.skip("cut already")
     schedule = timed(problem, random_orders(problem, random.Random(1)))
-    cut = schedule.split(0.3)
+    cut = split_schedule(schedule, 0.3)
     check(cut)
-    assert cut.problem == problem.split(0.3)
+    assert cut.problem == split_problem(problem, 0.3)
     assert (cut.makespan, cut.peak_memory) == (schedule.makespan, schedule.peak_memory)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.fused_replay import check, replay
-from benchmarks.fused_schedules import read_rows
+from benchmarks.fused_schedules import read_rows, split_problem, split_schedule
 from training.planner.fusion.event_loop import Rule
 from training.planner.fusion.problem import Pipeline, SchedulingProblem
 from training.planner.fusion.schedule import serial_1f1b, timed
@@ -117,7 +117,7 @@ def test_equal_stages_may_be_spelt_out():
 @pytest.mark.parametrize("name", ["equal", "copies", "no whole multiple"])
 def test_split_backwards_are_never_worse(name):
     whole = find_schedule(PROBLEMS[name], effort=QUICK)
-    start = whole.schedule.split(0.5)
+    start = split_schedule(whole.schedule)
     split = find_schedule(start.problem, effort=QUICK, start=start)
     check(split.schedule)
     assert split.lower_bound <= whole.lower_bound + 1e-9
@@ -129,7 +129,7 @@ def test_split_backwards_fill_what_whole_ones_cannot():
     the last stage works from 1 to 7 (F B F B W W); the first does F F, and from 3 on B W B W, which ends at 7 too."""
     problem = SchedulingProblem(Pipeline(2, 2, 1, 2, 1), Pipeline(2, 1, 1e-6, 2e-6, 0))
     assert find_schedule(problem, effort=QUICK).schedule.makespan == pytest.approx(9, abs=1e-4)
-    assert find_schedule(problem.split(0.5), effort=QUICK).schedule.makespan == pytest.approx(7, abs=1e-4)
+    assert find_schedule(split_problem(problem), effort=QUICK).schedule.makespan == pytest.approx(7, abs=1e-4)
 
 
 def test_a_start_that_is_better_is_kept():
