@@ -46,17 +46,10 @@ class SimulatedRollout:
     """From the start of generation to the end of scoring."""
     generated: float
     """When the last sample ended."""
-    busy: float
-    """Seconds of work, summed over ranks."""
-    ranks: int
     repackings: int = 0
     moved: int = 0
     spans: list[list[Span]] = field(default_factory=list)
     """What each rank does, by rank."""
-
-    @property
-    def idle(self) -> float:
-        return self.ranks * self.seconds - self.busy
 
 
 class DecodingInstance:
@@ -184,20 +177,20 @@ class DecodingInstance:
 
 def serial(shares: Sequence[Sequence[SampleLengths]], config: SimulatorConfig) -> SimulatedRollout:
     """Simulate generation, and when all samples have ended scoring on all ranks."""
-    costs, ranks = config.costs, len(shares) * config.tensor
+    costs = config.costs
     instances = [DecodingInstance(samples, config) for samples in shares]
     for instance in instances:
         instance.advance()
     generated = max(instance.clock for instance in instances)
     lengths = [sample.length for samples in shares for sample in samples]
-    plans = plan_micro_batches(lengths, config.micro_batch_tokens, ranks)
+    plans = plan_micro_batches(lengths, config.micro_batch_tokens, len(shares) * config.tensor)
     scoring = [sum(costs.score_seconds(sum(lengths[row] for row in batch.rows)) for batch in plan) for plan in plans]
-    busy = config.tensor * sum(instance.clock for instance in instances) + sum(scoring)
+
     spans = [
         [Span("generate", 0.0, instances[rank // config.tensor].clock), Span("score", generated, generated + seconds)]
         for rank, seconds in enumerate(scoring)
     ]
-    return SimulatedRollout(generated + max(scoring), generated, busy, ranks, spans=spans)
+    return SimulatedRollout(generated + max(scoring), generated, spans=spans)
 
 
 def fused(
@@ -254,10 +247,8 @@ def fused_from(begun: Sequence[DecodingInstance], policy: FusionPolicy, remainin
     units = [unit for course in courses for unit in handed_out(course, opened, policy)]
     free = [(courses[rank // config.tensor].clock, rank) for rank in range(len(courses) * config.tensor)]
     spans = [[Span("generate", 0.0, start)] for start, _ in free]
-    busy_seconds = sum(start for start, _ in free)
     end = score_units(units, free, config.costs, spans)
-    busy_seconds += sum(span.end - span.start for rank in spans for span in rank[1:])
-    return SimulatedRollout(max(end, generated), generated, busy_seconds, len(spans), repackings, moved, spans)
+    return SimulatedRollout(max(end, generated), generated, repackings, moved, spans)
 
 
 def endings(active: dict[int, DecodingInstance]) -> list[float]:

@@ -44,13 +44,6 @@ class IterationSchedule:
         """Mean over the unrolled iterations."""
         return self.makespan / self.iterations
 
-    def busy_seconds(self) -> dict[int, float]:
-        busy: dict[int, float] = {}
-        for interval in self.intervals:
-            for rank in interval.node.ranks:
-                busy[rank] = busy.get(rank, 0.0) + interval.node.seconds
-        return busy
-
 
 def list_schedule(nodes: Sequence[Node], iterations: int = ITERATIONS) -> IterationSchedule:
     """Schedule `nodes` in order, iteration after iteration."""

@@ -80,10 +80,10 @@ def simulated(monkeypatch):
     seconds = {}
 
     def fused_from(instances, policy, remaining):
-        return SimulatedRollout(seconds.get((policy.threshold, policy.rows), 1.5), 1.0, 1.0, 4)
+        return SimulatedRollout(seconds.get((policy.threshold, policy.rows), 1.5), 1.0)
 
     monkeypatch.setattr(module, "fused_from", fused_from)
-    monkeypatch.setattr(module, "serial", lambda shares, config: SimulatedRollout(2.0, 1.0, 1.0, 4))
+    monkeypatch.setattr(module, "serial", lambda shares, config: SimulatedRollout(2.0, 1.0))
     return seconds
 
 

@@ -68,8 +68,7 @@ def test_serial_is_generation_and_then_scoring():
     """Instances end after 2 + 2 + 9 and 2 + 2 + 1 s. 14 + 6 tokens are scored: 3 + 14/4 s beside 3 + 6/4 s."""
     outcome = serial([samples(10), samples(2, first=1)], CONFIG)
     assert (outcome.generated, outcome.seconds) == (13, 13 + 6.5)
-    assert outcome.busy == 13 + 5 + 6.5 + 4.5
-    assert outcome.idle == (13 - 5) + (6.5 - 4.5)
+
     assert [[(span.kind, span.start, span.end) for span in rank] for rank in outcome.spans] == [
         [("generate", 0, 13), ("score", 13, 19.5)],
         [("generate", 0, 5), ("score", 13, 17.5)],
@@ -85,8 +84,6 @@ def test_with_fusion_the_instance_that_ends_first_scores_at_once():
         [("generate", 0, 13)],
         [("generate", 0, 5), ("score", 5, 9.5), ("score", 13, 19.5)],
     ]
-    assert outcome.busy == 13 + 5 + 4.5 + 6.5
-    assert outcome.idle == (19.5 - 13) + (13 - 9.5)
 
 
 def test_a_tail_is_gathered_at_the_tick_by_hand():
@@ -110,7 +107,7 @@ def test_a_moved_sample_is_never_taken_before_it_was_given_away():
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
-def test_busy_and_idle_seconds_fill_the_time_of_all_ranks(tensor):
+def test_each_rank_does_one_thing_after_the_other(tensor):
     shares = random_shares(3)
     config = replace(CONFIG, tensor=tensor, costs=replace(COSTS, prefill=(0.5, 0.01), score=(0.5, 0.02)))
     for outcome in (
@@ -118,10 +115,7 @@ def test_busy_and_idle_seconds_fill_the_time_of_all_ranks(tensor):
         fused(shares, config, policy(), to_come(shares)),
         fused(shares, config, policy(threshold=12), to_come(shares)),
     ):
-        assert outcome.ranks == len(outcome.spans) == 6 * tensor
-        spent = sum(span.end - span.start for rank in outcome.spans for span in rank)
-        assert outcome.busy == pytest.approx(spent)
-        assert outcome.idle == pytest.approx(outcome.ranks * outcome.seconds - spent)
+        assert len(outcome.spans) == 6 * tensor
         for rank in outcome.spans:
             assert all(before.end <= after.start for before, after in itertools.pairwise(rank))
             assert rank[-1].end <= outcome.seconds
