@@ -53,7 +53,6 @@ def model_before(run: Path, trusts: bool) -> tuple[str, Path] | None:
     """What a run was given for SFT, such as the model of the round before; None where it trains its own."""
     from training.inputs import local_model
     from training.lineage import label_of
-    from training.run_directory import RunDirectory
     from training.trust import of_models, require_yes
 
     if not (run / "config.yaml").is_file():

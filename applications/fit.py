@@ -98,19 +98,18 @@ class Outlook:
         the plan of the settings cannot run."""
         outlook = cls(config, tuple(steps), config.processes, Machine.here(), *known_shapes(config))
         drawn = next((step for step in steps if step.draws_samples), None)
-        if drawn is None:
-            return outlook
-        require_runnable(config, outlook.ranks, outlook.actor, outlook.scorer, outlook.dtype, outlook.reference)
-        if not outlook.machine.gpus or outlook.memory(drawn) is None:
-            return outlook
+        if drawn is not None:
+            require_runnable(config, outlook.ranks, outlook.actor, outlook.scorer, outlook.dtype, outlook.reference)
+            if outlook.machine.gpus and outlook.memory(drawn) is not None:
 
-        def memory_of(changed: RunConfig) -> StepMemory:
-            memory = replace(outlook, config=changed).memory(drawn)
-            assert memory is not None
-            return memory
+                def memory_of(changed: RunConfig) -> StepMemory:
+                    memory = replace(outlook, config=changed).memory(drawn)
+                    assert memory is not None
+                    return memory
 
-        room = outlook.machine.per_process(config.processes)
-        return replace(outlook, config=with_slots(config, outlook.ranks, room, memory_of))
+                room = outlook.machine.per_process(config.processes)
+                config = with_slots(config, outlook.ranks, room, memory_of)
+        return replace(outlook, config=config)
 
     @property
     def dtype(self) -> torch.dtype:
