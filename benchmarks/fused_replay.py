@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from heapq import heappop, heappush
 
 from training.planner.fusion.problem import BACKWARD, FORWARD, ROUNDING, SchedulingProblem
-from training.planner.fusion.schedule import ImpossibleSchedule, Operation, Order, Schedule
+from training.planner.fusion.schedule import ImpossibleSchedule, Order, Schedule, ScheduledOperation
 
 
 def replay(problem: SchedulingProblem, orders: Sequence[Order]) -> tuple[float, float]:
@@ -60,7 +60,7 @@ def check(schedule: Schedule) -> None:
     """Raises ImpossibleSchedule, with the reason, for what no devices could do or the problem does not allow."""
     problem = schedule.problem
     rounding = ROUNDING * schedule.makespan
-    known: dict[tuple[int, int, int, int], Operation] = {each[:4]: each for each in schedule.operations}
+    known: dict[tuple[int, int, int, int], ScheduledOperation] = {each[:4]: each for each in schedule.operations}
     needed = {
         (device, model, kind, micro_batch)
         for device, (model, each) in itertools.product(range(problem.devices), enumerate(problem.models))

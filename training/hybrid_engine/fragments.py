@@ -47,7 +47,7 @@ class Fragment:
 
 
 @dataclass(frozen=True)
-class Run:
+class StoredRun:
     """Says where a run of the values of a parameter lies in a file."""
 
     start: int
@@ -86,7 +86,7 @@ class FragmentReader:
     """Reads the files of a directory; raises ValueError, KeyError or EOFError where they are damaged."""
 
     def __init__(self, directory: Path):
-        self.runs: dict[tuple[str, str], list[Run]] = {}
+        self.runs: dict[tuple[str, str], list[StoredRun]] = {}
         """The runs that were written, by kind and parameter."""
         self.notes: list[dict[str, Any]] = []
         """The notes of the files."""
@@ -105,7 +105,7 @@ class FragmentReader:
         for key, about in header.items():
             kind, start, name = key.split(":", 2)
             first, position = int(start), 8 + length + about["data_offsets"][0]
-            run = Run(first, first + about["shape"][0], about["dtype"], file, position)
+            run = StoredRun(first, first + about["shape"][0], about["dtype"], file, position)
             self.runs.setdefault((kind, name), []).append(run)
 
     def read(self, fragments: Iterable[Fragment], tensors: Mapping[str, Sequence[Tensor | None]]) -> None:
@@ -135,7 +135,7 @@ class FragmentReader:
         self.read(fragments, {kind: tensors})
         return dict(zip(sizes, tensors, strict=True))
 
-    def _sources(self, kind: str, fragment: Fragment, part: Tensor) -> Iterable[tuple[Run, int, Tensor]]:
+    def _sources(self, kind: str, fragment: Fragment, part: Tensor) -> Iterable[tuple[StoredRun, int, Tensor]]:
         """Yield runs, positions in their files, and the values to fill from there."""
         runs = sorted(self.runs.get((kind, fragment.name), ()), key=lambda run: run.start)
         stop = max((run.stop for run in runs), default=0)

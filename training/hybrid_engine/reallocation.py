@@ -22,7 +22,7 @@ from inference.private_surfaces import is_divided, whole_shape
 from inference.tensor_parallel.shard import ShardParameter, TensorParallel, cuts_of, empty_shard, join_groups
 from training.distributed import Ranks, local_size
 from training.hybrid_engine.layout import Layout, StageCut
-from training.hybrid_engine.transfers import Box, Move, Part, Weight, stays, transfers
+from training.hybrid_engine.transfers import Box, LocalBox, Move, Weight, stays, transfers
 from training.pipelines.stage_model import held_weights, keep_stage, stages_of
 from training.private_surfaces import forget_whole, own_part
 
@@ -85,8 +85,10 @@ class Reallocation:
         if ranks.device.type == "cuda" and ranks.size > 1:  # NCCL wants all ranks in what a group does first
             dist.all_reduce(torch.zeros(1, device=ranks.device), group=ranks.members)
         moves = transfers(source, target, weights, local_size())
-        self._steps = [Step.of(layer, ranks.rank) for layer in moves]
-        self._steps_again = [Step.of([m for m in layer if m.weight.is_trained], ranks.rank) for layer in moves]
+        self._layers = [LayerTransfer.of(layer, ranks.rank) for layer in moves]
+        self._layers_again = [
+            LayerTransfer.of([m for m in layer if m.weight.is_trained], ranks.rank) for layer in moves
+        ]
 
     @property
     def module(self) -> nn.Module | None:
@@ -109,11 +111,12 @@ class Reallocation:
         start = time.perf_counter()
         if not self.is_filled and self.part is not None and not self.stays:
             self._allocate()
-        steps = self._steps_again if self.is_filled else self._steps
-        buffer = torch.empty(max((s.bytes for s in steps), default=0), dtype=torch.uint8, device=self.ranks.device)
+        layers = self._layers_again if self.is_filled else self._layers
+        size = max((layer.bytes for layer in layers), default=0)
+        buffer = torch.empty(size, dtype=torch.uint8, device=self.ranks.device)
         held = {name: on_rank(weight).detach().reshape(-1) for name, weight in self._held().items()}
         own = {name: weight.detach().view(-1) for name, weight in self._own().items()}
-        counts = [step.run(held, own, buffer, self.ranks.members) for step in steps]
+        counts = [layer.run(held, own, buffer, self.ranks.members) for layer in layers]
         if self.divide is not None:
             for piece in self._pieces:
                 forget_whole(piece.local)
@@ -156,7 +159,7 @@ class Reallocation:
 
 
 @dataclass(frozen=True)
-class Message:
+class RankMessage:
     """Describes what one rank sends to one or several others, or gets from one."""
 
     peers: tuple[int, ...]
@@ -173,15 +176,15 @@ class Message:
 
 
 @dataclass(frozen=True)
-class Round:
+class MessageRound:
     """Describes what a rank sends and receives at one time; others wait for messages in the same order."""
 
     rank: int
-    sends: tuple[Message, ...]
-    receives: tuple[Message, ...]
+    sends: tuple[RankMessage, ...]
+    receives: tuple[RankMessage, ...]
 
     @classmethod
-    def of(cls, moves: Sequence[Move], rank: int) -> "Round":
+    def of(cls, moves: Sequence[Move], rank: int) -> "MessageRound":
         """Make that of a rank from the moves between all ranks."""
         to: dict[int, list[Move]] = {}
         by: dict[int, list[Move]] = {}
@@ -193,8 +196,8 @@ class Round:
         same: dict[tuple, list[int]] = {}
         for receiver in sorted(to):
             same.setdefault(tuple((m.weight.name, m.box, m.taken) for m in to[receiver]), []).append(receiver)
-        sends = tuple(Message(tuple(receivers), tuple(to[receivers[0]])) for receivers in same.values())
-        return cls(rank, sends, tuple(Message((sender,), tuple(by[sender])) for sender in sorted(by)))
+        sends = tuple(RankMessage(tuple(receivers), tuple(to[receivers[0]])) for receivers in same.values())
+        return cls(rank, sends, tuple(RankMessage((sender,), tuple(by[sender])) for sender in sorted(by)))
 
     @property
     def bytes(self) -> int:
@@ -238,21 +241,21 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Step:
+class LayerTransfer:
     """Describes what a rank copies, sends and receives for one layer."""
 
     copies: tuple[Move, ...]
-    first: Round
-    relayed: Round
+    first: MessageRound
+    relayed: MessageRound
     """Sends on what was received in the first round."""
     copies_again: tuple[Move, ...]
     """Copies of what was received."""
 
     @classmethod
-    def of(cls, moves: Sequence[Move], rank: int) -> "Step":
+    def of(cls, moves: Sequence[Move], rank: int) -> "LayerTransfer":
         copies = [move for move in moves if move.sender == move.receiver == rank]
         first, relayed = (
-            Round.of([m for m in moves if m.sender != m.receiver and m.is_relayed == again], rank)
+            MessageRound.of([m for m in moves if m.sender != m.receiver and m.is_relayed == again], rank)
             for again in (False, True)
         )
         return cls(
@@ -261,7 +264,7 @@ class Step:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the buffer that the step needs."""
+        """Bytes of the buffer that the layer needs."""
         return max(self.first.bytes, self.relayed.bytes)
 
     def run(
@@ -287,7 +290,7 @@ def on_rank(weight: Tensor) -> Tensor:
     return own_part(weight) if isinstance(weight, nn.Parameter) and is_divided(weight) else weight
 
 
-def view(flat_weights: Mapping[str, Tensor], move: Move, part: Part) -> Tensor:
+def view(flat_weights: Mapping[str, Tensor], move: Move, part: LocalBox) -> Tensor:
     """Return a view (rows, columns) of the box that moves, where it lies in `part`."""
     whole, box = flat_weights[move.weight.name], move.box
     return whole.as_strided(shape_of(box), (part.stride, 1), whole.storage_offset() + part.at(box))

@@ -84,7 +84,7 @@ class Box(NamedTuple):
         return [box for box in around if box.values > 0]
 
 
-class Part(NamedTuple):
+class LocalBox(NamedTuple):
     """Says where a box of a weight lies in a rank's memory: the first value at `offset`, a row every `stride`."""
 
     box: Box
@@ -104,9 +104,9 @@ class Move:
     box: Box
     sender: int
     receiver: int
-    taken: Part
+    taken: LocalBox
     """Where the box lies with the sender."""
-    put: Part
+    put: LocalBox
     is_relayed: bool = False
     """The sender has just received it: it lies in its part of the target layout."""
 
@@ -156,7 +156,7 @@ def stays(source: Layout, target: Layout, rank: int) -> bool:
     )
 
 
-def parts(weight: Weight, layout: Layout, rank: int) -> list[Part]:
+def parts(weight: Weight, layout: Layout, rank: int) -> list[LocalBox]:
     """Return what `rank` holds of `weight`: if its stage has it, its tensor-parallel part; under ZeRO 3 of the values
     of that, row by row, an equal run for each data rank in the order of rank numbers, the last ones shorter."""
     if not weight.is_on(layout, rank):
@@ -179,7 +179,7 @@ def parts(weight: Weight, layout: Layout, rank: int) -> list[Part]:
             if local is not None:
                 shift = first - column
                 box = Box(local.top, local.bottom, local.left + shift, local.right + shift)
-                held.append(Part(box, local.top * width + local.left - start, width))
+                held.append(LocalBox(box, local.top * width + local.left - start, width))
             column += length
     return held
 
@@ -201,11 +201,11 @@ class _Cell:
     """Describes a box that is contiguous for all ranks that hold it and for all that want it."""
 
     box: Box
-    holders: Mapping[int, Part]
-    wanted: Sequence[tuple[int, Part]]
+    holders: Mapping[int, LocalBox]
+    wanted: Sequence[tuple[int, LocalBox]]
 
 
-def _cells(held: Mapping[int, list[Part]], wanted: Mapping[int, list[Part]]) -> list[_Cell]:
+def _cells(held: Mapping[int, list[LocalBox]], wanted: Mapping[int, list[LocalBox]]) -> list[_Cell]:
     tiles = _tiles(held)
     return [
         _Cell(common, dict(holders), wanting)
@@ -215,9 +215,9 @@ def _cells(held: Mapping[int, list[Part]], wanted: Mapping[int, list[Part]]) -> 
     ]
 
 
-def _tiles(of_ranks: Mapping[int, list[Part]]) -> list[tuple[Box, list[tuple[int, Part]]]]:
+def _tiles(of_ranks: Mapping[int, list[LocalBox]]) -> list[tuple[Box, list[tuple[int, LocalBox]]]]:
     """Return boxes that do not overlap, each with the parts that it lies in, perhaps several of one rank."""
-    tiles: list[tuple[Box, list[tuple[int, Part]]]] = []
+    tiles: list[tuple[Box, list[tuple[int, LocalBox]]]] = []
     for rank, part in ((rank, part) for rank, held in of_ranks.items() for part in held):
         left, finer = [part.box], []
         for box, owners in tiles:
@@ -247,7 +247,7 @@ class _Senders:
 
     def serve(self, weight: Weight, cell: _Cell, staying: set[int]) -> Iterable[Move]:
         size = cell.box.values * weight.value_bytes
-        lacking: defaultdict[int, dict[int, Part]] = defaultdict(dict)
+        lacking: defaultdict[int, dict[int, LocalBox]] = defaultdict(dict)
         for rank, put in cell.wanted:
             if rank in cell.holders:
                 if rank not in staying:

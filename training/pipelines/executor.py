@@ -20,7 +20,7 @@ POLLED = 0.001
 """Seconds between two looks at a GPU's message."""
 
 
-class Work(Protocol):
+class PipelineWork(Protocol):
     """Computes one role's stage on this rank, in one optimiser step or one scoring pass.
 
     It must not meet the role's other data ranks before all of it is done: orders know of no such waiting.
@@ -81,7 +81,7 @@ def connect(ranks: Ranks, pipelines: Pipelines) -> Links:
 def execute(
     orders: Orders,
     rank: int,
-    works: Mapping[str, Work],
+    works: Mapping[str, PipelineWork],
     links: Mapping[str, Links],
     events: list[Event] | None = None,
 ) -> None:

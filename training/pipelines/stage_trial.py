@@ -75,7 +75,7 @@ def watched(model: PreTrainedModel, inputs: dict[str, Any]) -> Parts:
     stack = stack_of(model)
     layers: Any = model.get_submodule(stack)
     outside = dict(parts_outside(model, stack))
-    watch = Watch(layers)
+    watch = LayerHooks(layers)
     hooks = [layer.register_forward_pre_hook(watch.enter, with_kwargs=True) for layer in layers]
     hooks += [layer.register_forward_hook(watch.leave) for layer in layers]
     hooks += [module.register_forward_hook(watch.note) for module in outside.values()]
@@ -93,7 +93,7 @@ def watched(model: PreTrainedModel, inputs: dict[str, Any]) -> Parts:
     return Parts(stack, frozenset(used | early), watch.outputs)
 
 
-class Watch:
+class LayerHooks:
     """Hooks into a stack of layers, which must each take the hidden states of the one before as they are, and nothing
     else that was computed with weights."""
 

@@ -23,7 +23,7 @@ from training.planner.workload import Model, Workload
 
 
 @dataclass(frozen=True)
-class Group:
+class RankGroup:
     """Describes equal groups of ranks that communicate at the same time."""
 
     size: int
@@ -49,24 +49,24 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Links:
-    tensor: Group
-    data: Group
-    hop: Group
+class LayoutLinks:
+    tensor: RankGroup
+    data: RankGroup
+    hop: RankGroup
     """Ranks of neighbouring pipeline stages, in pairs; of size 1 where there is one stage."""
 
 
-def links_of(layout: Layout, cluster: Cluster) -> Links:
+def links_of(layout: Layout, cluster: Cluster) -> LayoutLinks:
     stage = layout.tensor * layout.data
     hops = list(zip(layout.mesh, layout.mesh[stage:], strict=False))
-    return Links(
+    return LayoutLinks(
         _group(layout.tensor_groups, layout.tensor, cluster),
         _group(layout.data_groups, layout.data, cluster),
         _group(hops, min(layout.pipeline, 2), cluster, one_way=True),
     )
 
 
-def _group(groups: Iterable[tuple[int, ...]], size: int, cluster: Cluster, one_way: bool = False) -> Group:
+def _group(groups: Iterable[tuple[int, ...]], size: int, cluster: Cluster, one_way: bool = False) -> RankGroup:
     leaving: Counter[int] = Counter()
     for group in groups:
         nodes = {cluster.node_of(rank) for rank in group}
@@ -77,7 +77,7 @@ def _group(groups: Iterable[tuple[int, ...]], size: int, cluster: Cluster, one_w
         bandwidth = min(bandwidth, cluster.network_bandwidth / max(leaving.values()))
     calibration = cluster.calibration
     latencies = (seconds * log2(size) for seconds in (calibration.collective_seconds, calibration.decode_collective))
-    return Group(size, bandwidth * ACHIEVED_BANDWIDTH, *latencies)
+    return RankGroup(size, bandwidth * ACHIEVED_BANDWIDTH, *latencies)
 
 
 BACKWARD = 2
@@ -130,7 +130,7 @@ class CallCosts:
         self.calibration = cluster.calibration
         self.flops = cluster.device.peak_flops[workload.precision] * self.calibration.compute_share
         self.memory_bandwidth = cluster.device.memory_bandwidth * ACHIEVED_BANDWIDTH
-        self._links: dict[tuple, Links] = {}
+        self._links: dict[tuple, LayoutLinks] = {}
 
     def cost(self, call: Call, assignment: Assignment) -> CallCost:
         """Return the cost of `call` itself; the augmented graph adds reallocation, data transfer and offload."""
@@ -322,7 +322,7 @@ class CallCosts:
         """Return the seconds to write `size` bytes into memory that is new to the process."""
         return size / self.calibration.copy_bandwidth
 
-    def _links_of(self, assignment: Assignment) -> Links:
+    def _links_of(self, assignment: Assignment) -> LayoutLinks:
         key = assignment.cut[:4]
         if key not in self._links:
             self._links[key] = links_of(assignment.layout, self.cluster)

@@ -18,7 +18,7 @@ from training.plan_checks import require_valid
 from training.planner.footprint import Footprints
 from training.planner.hardware import Cluster
 from training.planner.reallocation import AugmentedGraphs, Node
-from training.planner.table import Array, Choices, PlanTable, Schedule, list_schedule
+from training.planner.table import Array, Choices, IterationSchedule, PlanTable, list_schedule
 from training.planner.workload import Workload
 
 CHAINS = 512
@@ -60,10 +60,10 @@ def search(
     `progress` is called after every step; where it returns False the search ends with what it has. Raises UserError
     if no plan fits into the devices.
     """
-    return _Search(table, seed).run(max(1, round(ROUNDS * effort)), progress)
+    return _PlanSearch(table, seed).run(max(1, round(ROUNDS * effort)), progress)
 
 
-class _Search:
+class _PlanSearch:
     """Runs the chains of one search."""
 
     def __init__(self, table: PlanTable, seed: int):
@@ -261,7 +261,7 @@ class Estimate:
     plan: Plan
     nodes: tuple[Node, ...]
     """Those of the augmented graph; calls have their cost part by part."""
-    schedule: Schedule
+    schedule: IterationSchedule
     controller_seconds: float
     """Seconds of an iteration in which no device works."""
     memory: dict[int, StepMemory]

@@ -31,7 +31,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class IterationSchedule:
     intervals: tuple[Interval, ...]
     iterations: int
 
@@ -52,7 +52,7 @@ class Schedule:
         return busy
 
 
-def list_schedule(nodes: Sequence[Node], iterations: int = ITERATIONS) -> Schedule:
+def list_schedule(nodes: Sequence[Node], iterations: int = ITERATIONS) -> IterationSchedule:
     """Schedule `nodes` in order, iteration after iteration."""
     overlapping = {node.name: [other.name for other in nodes if node.ranks & other.ranks] for node in nodes}
     ends: dict[tuple[str, int], float] = {}
@@ -66,7 +66,7 @@ def list_schedule(nodes: Sequence[Node], iterations: int = ITERATIONS) -> Schedu
             end = start + node.seconds
             ends[node.name, iteration] = last_end[node.name] = end
             intervals.append(Interval(node, iteration, start, end))
-    return Schedule(tuple(intervals), iterations)
+    return IterationSchedule(tuple(intervals), iterations)
 
 
 Array = NDArray[np.float64]
@@ -104,7 +104,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Use:
+class WeightUse:
     """Says which call uses trained weights, and what the reallocation before it moves. Calls are their indices in the
     graph."""
 
@@ -227,7 +227,7 @@ class PlanTable:
             most = np.maximum(most, needed[1][:, None] * has_rank)
         return np.max(held + most, axis=1)
 
-    def _moves(self, use: Use, cut: NDArray[np.int64]) -> Array:
+    def _moves(self, use: WeightUse, cut: NDArray[np.int64]) -> Array:
         """Return the seconds of the reallocation before a call: (plans)."""
         source, target = cut[use.training], cut[use.call]
         seconds = use.known[source, target]
@@ -241,14 +241,14 @@ class PlanTable:
             seconds = seconds * apart[cut[call], target]
         return seconds
 
-    def _use(self, call: int, training: int, workload: Workload) -> Use:
+    def _use(self, call: int, training: int, workload: Workload) -> WeightUse:
         role = self.graph.calls[call].role
         model = workload.models[role]
         source, target = (Shares.of(self.columns[i].cuts, self.cluster, model.shape.layers) for i in (training, call))
         known = np.where(self._apart(call, training), np.nan, 0.0)
         uses = [i for i, user in enumerate(self.graph.calls) if user.role == role]
         earlier = tuple((i, self._apart(call, i)) for i in uses if i < call)
-        return Use(call, training, bytes_by_kind(model, workload.value_bytes), source, target, known, earlier)
+        return WeightUse(call, training, bytes_by_kind(model, workload.value_bytes), source, target, known, earlier)
 
     def _apart(self, call: int, other: int) -> NDArray[np.bool_]:
         """Return (cuts of the other + 1, cuts of the call + 1): whether they are decided and differ."""

@@ -21,7 +21,7 @@ from training.plan import Plan
 from training.planner.cost import CallCosts
 from training.planner.hardware import Cluster, cluster_here
 from training.planner.reallocation import AugmentedGraphs, Node
-from training.planner.table import Interval, Schedule, list_schedule
+from training.planner.table import Interval, IterationSchedule, list_schedule
 from training.stage import Stage
 from training.step3_rlhf.planned import graphs_of, shape_of
 
@@ -61,7 +61,7 @@ class Forecast:
         responses: Sequence[int],
         learned: Sequence[int] | None = None,
         left_out: Collection[str] = (),
-    ) -> Schedule:
+    ) -> IterationSchedule:
         """Predict an iteration with prompts and responses of these lengths, in tokens, without the calls `left_out`.
         Only the samples `learned`, by index, are trained on; None: all."""
         nodes = self._nodes(prompts, responses)
@@ -100,7 +100,7 @@ def hardware_of(stage: Stage) -> Cluster | None:
     return None if known is None else known[0]
 
 
-def predicted_seconds(schedule: Schedule) -> dict[str, float]:
+def predicted_seconds(schedule: IterationSchedule) -> dict[str, float]:
     """Return those of each call, and of what is moved before calls, by its kind."""
     seconds: dict[str, float] = {}
     for interval in schedule.intervals:
@@ -125,7 +125,7 @@ def achieved_seconds(spans: Sequence[Sequence[Span]]) -> dict[str, float]:
     return longest
 
 
-def metrics_of(schedule: Schedule, spans: Sequence[Sequence[Span]], seconds: float) -> dict[str, float]:
+def metrics_of(schedule: IterationSchedule, spans: Sequence[Sequence[Span]], seconds: float) -> dict[str, float]:
     """Return `plan/CALL/predicted` and `plan/CALL/achieved`, also of the whole iteration, which took `seconds`."""
     predicted = predicted_seconds(schedule) | {"iteration": schedule.makespan}
     achieved = achieved_seconds(spans) | {"iteration": seconds}
@@ -146,7 +146,7 @@ def beside(metrics: Mapping[str, float]) -> str:
     return f" · {achieved:.3g} s, predicted {predicted:.3g}"
 
 
-def as_data(number: int, schedule: Schedule | None, spans: Sequence[Sequence[Span]]) -> dict[str, Any]:
+def as_data(number: int, schedule: IterationSchedule | None, spans: Sequence[Sequence[Span]]) -> dict[str, Any]:
     """Return, for the picture, what each rank did in an iteration, and what was predicted; seconds from its start."""
     intervals = () if schedule is None else schedule.intervals
     return {

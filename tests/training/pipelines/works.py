@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from training.data.batching import TokenBatch
 from training.hybrid_engine.layout import StageCut
 from training.models.policy import Policy, Scorer, hidden_shape
-from training.pipelines.executor import Work
+from training.pipelines.executor import PipelineWork
 from training.pipelines.orders import Operation, Orders, Pipelines, timeline
 from training.pipelines.stage_model import held_weights, keep_stage
 from training.planner.fusion.problem import BACKWARD, FORWARD
@@ -61,7 +61,7 @@ class Layers:
         return work.gradients()
 
 
-class StageWork(Work):
+class StageWork(PipelineWork):
     def __init__(self, layers, inputs, is_first, is_last):
         self.layers, self.inputs = torch.nn.Sequential(*layers), inputs
         self.is_first, self.is_last = is_first, is_last
@@ -161,7 +161,7 @@ class Llamas:
         return work.gradients()
 
 
-class ModelWork(Work):
+class ModelWork(PipelineWork):
     def __init__(self, model, batches, cut):
         self.model, self.batches, self.cut = model, batches, cut
         self.count = len(batches)
@@ -188,7 +188,9 @@ class ModelWork(Work):
         return {name: weight.grad for name, weight in held_weights(self.model.model).items()}
 
 
-def play(orders: Orders, works: Mapping[tuple[int, str], Work], seconds: Callable[[int, Operation], float]) -> None:
+def play(
+    orders: Orders, works: Mapping[tuple[int, str], PipelineWork], seconds: Callable[[int, Operation], float]
+) -> None:
     """What `execute` does, on all ranks in this one process, in the sequence of the orders' `timeline`; works by rank
     and role."""
     messages: dict[tuple[int, Operation], torch.Tensor] = {}

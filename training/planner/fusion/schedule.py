@@ -10,7 +10,7 @@ from typing import NamedTuple
 from training.planner.fusion.problem import BACKWARD, FORWARD, KINDS, MODELS, WEIGHT, SchedulingProblem
 
 
-class Operation(NamedTuple):
+class ScheduledOperation(NamedTuple):
     """Says when a device runs a part of a micro-batch: one bar of a Gantt chart."""
 
     device: int
@@ -38,15 +38,15 @@ class ImpossibleSchedule(ValueError):
 @dataclass(frozen=True)
 class Schedule:
     problem: SchedulingProblem
-    operations: tuple[Operation, ...]
+    operations: tuple[ScheduledOperation, ...]
 
     @cached_property
     def makespan(self) -> float:
         return max(operation.end for operation in self.operations)
 
     @cached_property
-    def by_device(self) -> list[list[Operation]]:
-        rows: list[list[Operation]] = [[] for _ in range(self.problem.devices)]
+    def by_device(self) -> list[list[ScheduledOperation]]:
+        rows: list[list[ScheduledOperation]] = [[] for _ in range(self.problem.devices)]
         for operation in sorted(self.operations, key=lambda operation: operation.start):
             rows[operation.device].append(operation)
         return rows
@@ -68,7 +68,7 @@ class Schedule:
     def split(self, share: float = 0.5) -> "Schedule":
         """Return the same with every backward cut in two, the weight-gradient part right after the other."""
         problem = self.problem.split(share)
-        operations: list[Operation] = []
+        operations: list[ScheduledOperation] = []
         for operation in self.operations:
             if operation.kind == BACKWARD:
                 middle = operation.start + (1 - share) * (operation.end - operation.start)
@@ -122,13 +122,13 @@ def timed(problem: SchedulingProblem, orders: Sequence[Order]) -> Schedule:
 
 def operations_of(
     problem: SchedulingProblem, orders: Sequence[Order]
-) -> tuple[list[Operation], dict[int, tuple[int, int]]]:
+) -> tuple[list[ScheduledOperation], dict[int, tuple[int, int]]]:
     """Return the operations of orders that need not be complete and, where devices wait forever, for what they do."""
     ends: dict[tuple[int, int, int], list[float]] = {
         (device, model, kind): []
         for device, model, kind in itertools.product(range(problem.devices), range(2), range(3))
     }
-    operations: list[Operation] = []
+    operations: list[ScheduledOperation] = []
     done, free = [0] * problem.devices, [0.0] * problem.devices
     moved = True
     while moved:
@@ -142,7 +142,7 @@ def operations_of(
                 number = len(ends[device, model, kind])
                 start = max(free[device], ready)
                 free[device] = end = start + problem.times(model, device)[kind]
-                operations.append(Operation(device, model, kind, number, start, end))
+                operations.append(ScheduledOperation(device, model, kind, number, start, end))
                 ends[device, model, kind].append(end)
                 done[device] += 1
                 moved = True
@@ -177,7 +177,7 @@ def one_forward_one_backward(problem: SchedulingProblem, model: int, device: int
 
 def serial_1f1b(problem: SchedulingProblem) -> Schedule:
     """Schedule model A under 1F1B, then model B, with a barrier between them."""
-    operations: list[Operation] = []
+    operations: list[ScheduledOperation] = []
     before = 0.0
     for model in range(2):
         orders = [one_forward_one_backward(problem, model, device) for device in range(problem.devices)]

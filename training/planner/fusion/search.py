@@ -75,12 +75,12 @@ def find_schedule(
 
     Without `start` it is 1F1B of one model after the other, where the memory cap has room for that.
     """
-    search = _Search(problem, seed, effort, seconds, start)
+    search = _ScheduleSearch(problem, seed, effort, seconds, start)
     search.search()
     return search.result()
 
 
-class _Search:
+class _ScheduleSearch:
     def __init__(self, problem: SchedulingProblem, seed: int, effort: int, seconds: float, start: Schedule | None):
         self.problem, self.rng = problem, random.Random(seed)
         self.scheduler = ListScheduler(problem, self.rng)
