@@ -341,13 +341,9 @@ def disk_needed(outlook: Outlook) -> int:
                 total += (keep * bool(every) + 2) * weights * (models * 4 + outlook.dtype.itemsize)
         for trained_shape, optimizer in trained:
             if every and trained_shape is not None:
-                total += (keep + 1) * _checkpoint_bytes(trained_shape, optimizer, outlook.dtype)
+                weights = _trained_parameters(trained_shape, optimizer)
+                total += (keep + 1) * weights * (outlook.dtype.itemsize + 12)  # with the optimiser's three fp32 numbers
     return total
-
-
-def _checkpoint_bytes(shape: Shape, settings: OptimizerSettings, dtype: torch.dtype) -> int:
-    """Trained weights and the optimiser's three fp32 numbers for each."""
-    return _trained_parameters(shape, settings) * (dtype.itemsize + 12)
 
 
 def _trained_parameters(shape: Shape, settings: OptimizerSettings) -> int:

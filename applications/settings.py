@@ -39,7 +39,8 @@ def resolve_settings(
         base = settings_for_model(model) if model is not None else {}
         return settings_of_new_run(base, config or [], overrides or [], as_settings(given), run)
     if run is None or not run.config_file.exists():
-        options = ", ".join(["--set"] * bool(overrides) + [option_of(key) for key in given])
+        names = [f"--{key.removeprefix('trained_').replace('_', '-')}" for key in given]
+        options = ", ".join(["--set"] * bool(overrides) + names)
         new = f"{run.path} would be a new run, so " if run is not None else ""
         raise UserError(f"{new}{options} needs --model or --config as well: say which model the run is for.")
     stored = run.read_config().model_dump(mode="json")
@@ -83,11 +84,6 @@ AUTO = "auto"
 def given_of(flags: Mapping[str, object]) -> dict[str, object]:
     """The flags that somebody has typed and that are settings: typer has None or [] for others."""
     return {key: value for key, value in flags.items() if value not in (None, []) and (key, value) != ("plan", AUTO)}
-
-
-def option_of(key: str) -> str:
-    """The command's name for a setting."""
-    return f"--{key.removeprefix('trained_').replace('_', '-')}"
 
 
 def as_settings(given: Mapping[str, object]) -> dict[str, object]:

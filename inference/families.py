@@ -115,11 +115,11 @@ def config_of(values: dict[str, Any]) -> PreTrainedConfig:
         raise no_model(error) from error
 
 
-def meta_model(config: PreTrainedConfig, loader: Any = AutoModelForCausalLM) -> PreTrainedModel:
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a configuration without memory. Raises UserError where transformers can make none of it."""
     try:
         with torch.device("meta"):
-            return loader.from_config(config)
+            return AutoModelForCausalLM.from_config(config)
     except Exception as error:  # transformers raises many kinds here, all of them about the values
         raise no_model(error) from error
 

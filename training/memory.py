@@ -75,7 +75,7 @@ class StepMemory:
         return added
 
     def peak(self, *locations: Location, processes: int = 1) -> int:
-        """The most that the first rank, or all processes of a machine together, need at one time in `locations`: with
+        """Find the most that the first rank, or all processes of a machine, need at one time in `locations`: with
         both of them (no GPU) it is their common peak."""
         phases = self.phases(*locations, processes=processes)
         loading = max((phases.pop(phase) for phase in list(phases) if phase.endswith(LOADING)), default=0)
@@ -83,7 +83,7 @@ class StepMemory:
         return max(loading, (self.held(*locations) + persisting) * processes + max(phases.values(), default=0))
 
     def host_peak(self, processes: int) -> int:
-        """The most main memory that the processes of one machine need together beside their GPUs."""
+        """Find the most main memory that the processes of one machine need together beside their GPUs."""
         return self.peak("host", processes=processes)
 
 
@@ -163,7 +163,7 @@ def _rlhf_memory(
     ranks: int,
     locations: tuple[Location, ...],
 ) -> StepMemory:
-    """The memory of step 3 on the first rank, or, where the settings hold a plan, on the one that needs most: in
+    """Estimate step 3 on the first rank, or, where the settings hold a plan, on the one that needs most: in
     `locations`, and in each location that is not among them."""
     of_ranks = [
         StepMemory(tuple(_rlhf_parts(config, plan, actor, scorer, dtype, rank, reference)))
@@ -281,7 +281,7 @@ def _frozen_parts(role: str, parameters: int, assignment: Assignment, dtype: tor
 def training_parts(
     role: str, parameters: int, shape: Shape, settings: OptimizerSettings, dtype: torch.dtype, ranks: int, phase: str
 ) -> list[Part]:
-    """What a trained model holds: weights, gradients and AdamW's states, divided as its ZeRO stage says.
+    """Count what a trained model holds: weights, gradients and AdamW's states, divided as its ZeRO stage says.
 
     ZeRO paper, section 3.1: in 16 bit, weights take 2 bytes each and the optimiser 12 (fp32 copy, momentum,
     variance). Our bf16 gradients are summed in fp32: 4 bytes. In fp32: 4 + 4 + 8, and from ZeRO stage 1 on

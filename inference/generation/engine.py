@@ -288,9 +288,9 @@ class GenerationEngine:
         while not decoding.is_over:
             yield from (sample for sample in decoding.step() if sample.is_over)
 
-    def stream(self, prompt: Tensor, settings: SamplingSettings, key: SamplingKey, index: int = 0) -> Iterator[Sample]:
+    def stream(self, prompt: Tensor, settings: SamplingSettings, key: SamplingKey) -> Iterator[Sample]:
         """Yield the sample of one prompt, growing, after each of its tokens; they are those that `generate` draws."""
-        decoding = self.start([Sample(index, prompt, settings.max_tokens)], settings, key)
+        decoding = self.start([Sample(0, prompt, settings.max_tokens)], settings, key)
         while not decoding.is_over:
             yield from decoding.step(1)
 

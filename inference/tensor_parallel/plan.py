@@ -86,16 +86,12 @@ def one_for_all_layers(config: Any, *names: str) -> int:
     return next(iter(values), 0)
 
 
-def feed_forward_width(config: Any) -> int:
-    width = one_for_all_layers(config, "intermediate_size", "ffn_dim", "n_inner")
-    return width or 4 * text_config(config).hidden_size
-
-
 def check_divides(config: Any, size: int) -> None:
     """Raise UserError if a model of this configuration cannot be cut into `size` parts."""
     if size == 1:
         return
-    heads, width = Heads.of(config).query, feed_forward_width(config)
+    heads, width = Heads.of(config).query, one_for_all_layers(config, "intermediate_size", "ffn_dim", "n_inner")
+    width = width or 4 * text_config(config).hidden_size
     if heads % size or width % size:
         common = math.gcd(heads, width)
         fitting = ", ".join(str(degree) for degree in range(1, common + 1) if common % degree == 0)

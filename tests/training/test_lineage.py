@@ -196,10 +196,8 @@ def test_what_cannot_be_known_is_said(parent, tmp_path):
 
 
 def test_nothing_is_said_of_a_runs_own_models_and_of_pretrained_ones(parent):
-    assert (
-        trained_elsewhere(parent, [ModelSource("SFT", model(parent, SFT)), ModelSource("base model", "tiny", True)])
-        == []
-    )
+    sources = [ModelSource("SFT", model(parent, SFT)), ModelSource("base model", "tiny", True)]
+    assert trained_elsewhere(parent, sources) == []
 
 
 def test_demonstrations_that_ppo_mixed_in_were_trained_on(parent, tmp_path):

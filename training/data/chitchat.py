@@ -200,7 +200,7 @@ def is_longer(text: str, tokens: int) -> bool:
 
 
 def prompts_for(dialogue: Dialogue, turn: int) -> Iterator[list[Message]]:
-    """What the turn with this index may be the reply to, first choice first. The first turn replies to the question."""
+    """Yield what the turn with this index may reply to, first choice first. The first turn replies to the question."""
     if turn == 0:
         yield [
             {"role": "system", "content": "You chat with a friend."},

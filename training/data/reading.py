@@ -29,7 +29,7 @@ from training.evaluation.preferences import newest
 
 
 def require_accepted(rows: Sequence[Row], chat_format: ChatFormat) -> None:
-    """Raise BadRow where the template refuses a prompt, with the way out that there is."""
+    """Raise BadRow where the template refuses a prompt, with the way out if there is one."""
     prompt = rows[-1]["prompt"]  # of a conversation the longest, which begins with all the others
     if why := chat_format.refusal(prompt):
         what = "the model's chat template refuses the row"

@@ -123,7 +123,7 @@ def both_bad(row: Any) -> list[dict[str, Any]]:
 
 
 def from_alpaca(row: dict[str, Any]) -> None:
-    """The instruction and, in a paragraph of its own, its input are the prompt; `output` is the answer.
+    """Make the prompt of the instruction and, in a paragraph of its own, its input; `output` is the answer.
 
     A question beside an answer under another name than these may be anything, so it is not taken.
     """

@@ -102,7 +102,7 @@ def questions(prompt: Sequence[Message]) -> list[str]:
 
 
 def opening(prompt: Sequence[Message], count: int = 1) -> str:
-    """The user's first `count` messages in one spelling: what no row that is trained on shares with one held out."""
+    """Write the user's first `count` messages in one spelling, which no trained row shares with one held out."""
     return "\n".join(one_spelling(text) for text in questions(prompt)[:count])
 
 
@@ -129,8 +129,8 @@ def shuffle(sets: RowSets, seed: int) -> None:
 
 
 def identity(row: Any, evaluation: bool) -> tuple[Any, ...]:
-    """What two rows that are the same have in common; spaces around a message do not count, and in evaluation nor does
-    what a reward function is told beside a prompt."""
+    """Return what two rows that are the same have in common; spaces around a message do not count, and in evaluation
+    nor does what a reward function is told beside a prompt."""
     prompt = tuple((message["role"], message["content"].strip()) for message in row["prompt"])
     extra = "" if evaluation or "extra" not in row else json.dumps(row["extra"], sort_keys=True, default=str)
     return prompt, row.get("response"), row.get("label"), row.get("chosen"), row.get("rejected"), extra

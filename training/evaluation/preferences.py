@@ -40,8 +40,7 @@ def compared(preferences: Preferences) -> list[tuple[str, str]]:
 
 
 def in_order(pair: tuple[str, str], home: str) -> tuple[str, str]:
-    """The model that is measured and what it is measured against: one of the run `home` before others, and of these the
-    one of the later step."""
+    """Put first the model that is measured: one of the run `home` before others, of these that of the later step."""
     steps = ["base", *(step.command for step in WRITING)]
 
     def lateness(label: str) -> tuple[bool, int]:
@@ -125,9 +124,9 @@ def repeated(preferences: Preferences) -> dict[str, dict[str, Any]]:
 
 
 def agreement(both: Sequence[tuple[Preference, Preference]]) -> dict[str, Any]:
-    """The share of pairs with the same preference (`same`), and Cohen's kappa: 1 is always the same and 0 as often as
-    by chance; None where chance alone gives always the same. Both have 95 % intervals, kappa the one of its author
-    (1960, Educational and Psychological Measurement 20, 37-46), for whom the share of chance is known.
+    """Return the share of pairs with the same preference (`same`), and Cohen's kappa: 1 is always the same and 0 as
+    often as by chance; None where chance alone gives always the same. Both have 95 % intervals, kappa the one of its
+    author (1960, Educational and Psychological Measurement 20, 37-46), for whom the share of chance is known.
 
     Which of two answers comes first means nothing, so of those who prefer one half prefer the same by chance.
     """

@@ -361,9 +361,9 @@ def test_a_step_gives_each_running_sample_a_token():
 def test_stream_grows_the_sample_that_generate_draws(model):
     settings = SamplingSettings(max_tokens=12, temperature=1.2)
     engine = GenerationEngine(model, END, PAD)
-    (whole,) = engine.generate([PROMPTS[1]], settings, KEY, indices=[6])
+    (whole,) = engine.generate([PROMPTS[1]], settings, KEY)
     lengths = []
-    for sample in engine.stream(PROMPTS[1], settings, KEY, index=6):
+    for sample in engine.stream(PROMPTS[1], settings, KEY):
         lengths.append(len(sample.response_ids))
     assert lengths == list(range(1, len(whole.response_ids) + 1))
     assert (sample.response_ids, sample.logprobs, sample.ended) == (whole.response_ids, whole.logprobs, whole.ended)
