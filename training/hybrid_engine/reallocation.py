@@ -85,10 +85,9 @@ class Reallocation:
         if ranks.device.type == "cuda" and ranks.size > 1:  # NCCL wants all ranks in what a group does first
             dist.all_reduce(torch.zeros(1, device=ranks.device), group=ranks.members)
         moves = transfers(source, target, weights, local_size())
+        trained = [[move for move in layer if move.weight.is_trained] for layer in moves]
         self._layers = [LayerTransfer.of(layer, ranks.rank) for layer in moves]
-        self._layers_again = [
-            LayerTransfer.of([m for m in layer if m.weight.is_trained], ranks.rank) for layer in moves
-        ]
+        self._layers_again = [LayerTransfer.of(layer, ranks.rank) for layer in trained]
 
     @property
     def module(self) -> nn.Module | None:

@@ -99,7 +99,6 @@ class Workload:
         samples: int,
         prompt_tokens: int,
         response_tokens: int,
-        longest_response: int = 0,
         mini_batches: int = 4,
         epochs: int = 1,
         precision: Precision = "bf16",
@@ -108,12 +107,11 @@ class Workload:
         generation_batch: int = 0,
         own_reference: bool = False,
     ) -> "Workload":
-        """Make one. `shapes` and `lora` are by role; a longest response of 0 means that all are equally long."""
+        """Make one whose responses are equally long. `shapes` and `lora` are by role."""
         models = {
             role: Model(shape, role not in SCORERS, lora.get(role, LoRASettings())) for role, shape in shapes.items()
         }
-        longest = longest_response or response_tokens
-        lengths = prompt_tokens, response_tokens, longest
+        lengths = prompt_tokens, response_tokens, response_tokens
         slots = generation_batch, own_reference
         return cls(models, samples, *lengths, mini_batches, epochs, precision, checkpointing, *slots)
 
