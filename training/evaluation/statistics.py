@@ -179,7 +179,7 @@ class GuardRail:
 KL = GuardRail(
     "kl",
     "KL",
-    "the demo, 3 seeds: 1.9 to 2.9 nats a reply of about 16 tokens",
+    "the demo, 3 seeds: 1.6 to 2.0 nats a reply of about 15 tokens",
     "nats a reply from {against}",
     high=6.0,
     is_ratio=False,
@@ -188,7 +188,7 @@ KL = GuardRail(
 LENGTH = GuardRail(
     "length",
     "Length of answers",
-    "the demo, 3 seeds: 0.78 to 1.09",
+    "the demo, 3 seeds: 0.98 to 1.03",
     "times that of {against}",
     low=0.7,
     high=1.3,
@@ -196,14 +196,14 @@ LENGTH = GuardRail(
 VARIETY = GuardRail(
     "distinct_bigrams",
     "Variety (distinct bigrams)",
-    "the demo, 3 seeds: 0.85 to 0.97",
+    "the demo, 3 seeds: 0.87 to 0.88",
     "times that of {against}",
     low=0.8,
 )
 PERPLEXITY = GuardRail(
     "perplexity_untouched",
     "Perplexity under the untouched model",
-    "the demo, 3 seeds: 0.88 to 1.28",
+    "the demo, 3 seeds: 0.90 to 1.06",
     "times that of {against}",
     high=1.3,
 )
@@ -217,7 +217,7 @@ DEMONSTRATIONS = GuardRail(
 MOST_FREQUENT = GuardRail(
     "most_frequent_share",
     "Most frequent answer",
-    "the demo, 3 seeds, 200 prompts: 0.5 % to 1.5 %; an answer that is given once is not too often",
+    "the demo, 3 seeds, 600 prompts: 0.3 % to 0.8 %; an answer that is given once is not too often",
     "of all",
     high=0.03,
     is_ratio=False,
