@@ -263,7 +263,6 @@ class LayerTransfer:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the buffer that the layer needs."""
         return max(self.first.bytes, self.relayed.bytes)
 
     def run(

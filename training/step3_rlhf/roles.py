@@ -60,7 +60,6 @@ def load_critic(
     with_weights: bool,
     cut: StageCut | None = None,
 ) -> Scorer:
-    """Load the critic as it starts."""
     assert scorer is not None
     trained, layers = critic_starts(stage.config)
     model = load_scorer(scorer, chat_format, dtype, layers, with_weights=with_weights, trained=trained, cut=cut)
@@ -76,7 +75,6 @@ def critic_starts(config: RunConfig) -> tuple[bool, int]:
 def load_reward(
     stage: Stage, scorer: Path, chat_format: ChatFormat, with_weights: bool, cut: StageCut | None = None
 ) -> Scorer:
-    """Load the reward model, which has learned already."""
     model = load_scorer(scorer, chat_format, stage.dtype, with_weights=with_weights, trained=True, cut=cut)
     return Scorer(model, cut=cut)
 
@@ -244,7 +242,6 @@ class Roles:
             self._waiting[role] = WaitingWeights(frozen, ranks.device)
 
     def trains(self, role: str) -> bool:
-        """Whether this rank trains the role."""
         return role in self._engines
 
     @property

@@ -58,11 +58,6 @@ class ScheduleResult:
         """Whether the makespan is proved to be the shortest."""
         return self.schedule.makespan <= self.lower_bound * (1 + ROUNDING)
 
-    @property
-    def is_memory_optimal(self) -> bool:
-        """Whether the peak memory is proved to be the smallest at this makespan."""
-        return self.schedule.peak_memory <= self.memory_bound * (1 + ROUNDING)
-
 
 def find_schedule(
     problem: SchedulingProblem,
