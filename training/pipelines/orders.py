@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from training.hybrid_engine.layout import Layout
 from training.planner.fusion.problem import BACKWARD, FORWARD, KINDS
-from training.planner.fusion.schedule import ImpossibleSchedule, Schedule
+from training.planner.schedules.schedule import ImpossibleSchedule, Schedule
 
 
 class Operation(NamedTuple):
