@@ -21,7 +21,9 @@ from pathlib import Path
 
 from benchmarks.fused_replay import check, replay
 from training.pictures import Bar, Panel, gantt_svg
-from training.planner.fusion.problem import (
+from training.planner.fusion.search import SECONDS, ScheduleResult, find_schedule
+from training.planner.schedules.event_loop import PER_DEVICE, PER_MODEL, EventLoop, Rule
+from training.planner.schedules.problem import (
     BACKWARD,
     FORWARD,
     KINDS,
@@ -31,8 +33,6 @@ from training.planner.fusion.problem import (
     Pipeline,
     SchedulingProblem,
 )
-from training.planner.fusion.search import SECONDS, ScheduleResult, find_schedule
-from training.planner.schedules.event_loop import PER_DEVICE, PER_MODEL, EventLoop, Rule
 from training.planner.schedules.schedule import Schedule, ScheduledOperation, serial_1f1b, timed
 
 SECONDS_TARGET, MEMORY_TARGET = 20, 1.10

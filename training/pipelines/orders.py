@@ -15,7 +15,7 @@ from math import lcm
 from typing import NamedTuple
 
 from training.hybrid_engine.layout import Layout
-from training.planner.fusion.problem import BACKWARD, FORWARD, KINDS
+from training.planner.schedules.problem import BACKWARD, FORWARD, KINDS
 from training.planner.schedules.schedule import ImpossibleSchedule, Schedule
 
 

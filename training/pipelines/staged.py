@@ -26,8 +26,8 @@ from training.pipelines.orders import (
 )
 from training.pipelines.stage_engine import ScoringWork, TrainingWork
 from training.plan import Plan
-from training.planner.fusion.problem import BACKWARD, FORWARD, KINDS, Pipeline, SchedulingProblem
 from training.planner.fusion.search import QUICK, find_schedule
+from training.planner.schedules.problem import BACKWARD, FORWARD, KINDS, Pipeline, SchedulingProblem
 from training.planner.schedules.schedule import serial_1f1b
 
 Order = Literal["auto", "serial", "1f1b", "fused"]

@@ -15,9 +15,9 @@ from training.hybrid_engine.layout import Layout
 from training.pipelines.orders import Pipelines, devices, mesh_against
 from training.plan import Assignment, Plan
 from training.planner.footprint import Footprints
-from training.planner.fusion.problem import Pipeline, SchedulingProblem, Slack
 from training.planner.hardware import Cluster
 from training.planner.reallocation import AugmentedGraphs
+from training.planner.schedules.problem import Pipeline, SchedulingProblem, Slack
 from training.planner.schedules.schedule import serial_1f1b
 
 MOST_MICRO_BATCHES = 64

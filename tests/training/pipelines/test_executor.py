@@ -21,8 +21,8 @@ from training.pipelines.orders import (
     serial,
     timeline,
 )
-from training.planner.fusion.problem import FORWARD, Pipeline, SchedulingProblem
 from training.planner.fusion.search import find_schedule
+from training.planner.schedules.problem import FORWARD, Pipeline, SchedulingProblem
 
 MESHES = {
     "one against the other": (((0, 1),), ((1, 0),), 4, 3),

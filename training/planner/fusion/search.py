@@ -15,8 +15,8 @@ import random
 import time
 from dataclasses import dataclass
 
-from training.planner.fusion.problem import ROUNDING, SchedulingProblem
 from training.planner.schedules.event_loop import Rule
+from training.planner.schedules.problem import ROUNDING, SchedulingProblem
 from training.planner.schedules.schedule import Schedule, serial_1f1b, timed
 from training.planner.schedules.scheduler import UNBOUNDED, Beam, DirectedSchedule, ListScheduler
 

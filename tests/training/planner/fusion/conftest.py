@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.fused_schedules import split_pipeline, split_problem
-from training.planner.fusion.problem import BACKWARD, FORWARD, WEIGHT, Pipeline, SchedulingProblem
+from training.planner.schedules.problem import BACKWARD, FORWARD, WEIGHT, Pipeline, SchedulingProblem
 from training.planner.schedules.schedule import Order
 
 PROBLEMS = {
