@@ -21,7 +21,7 @@ from pathlib import Path
 
 from benchmarks.fused_replay import check, replay
 from training.pictures import Bar, Panel, gantt_svg
-from training.planner.fusion.search import SECONDS, ScheduleResult, find_schedule
+from training.planner.schedules.best import SECONDS, ScheduleResult, find_schedule
 from training.planner.schedules.event_loop import PER_DEVICE, PER_MODEL, EventLoop, Rule
 from training.planner.schedules.problem import (
     BACKWARD,

@@ -26,7 +26,7 @@ from training.pipelines.orders import (
 )
 from training.pipelines.stage_engine import ScoringWork, TrainingWork
 from training.plan import Plan
-from training.planner.fusion.search import QUICK, find_schedule
+from training.planner.schedules.best import QUICK, find_schedule
 from training.planner.schedules.problem import BACKWARD, FORWARD, KINDS, Pipeline, SchedulingProblem
 from training.planner.schedules.schedule import serial_1f1b
 

@@ -21,7 +21,7 @@ from training.pipelines.orders import (
     serial,
     timeline,
 )
-from training.planner.fusion.search import find_schedule
+from training.planner.schedules.best import find_schedule
 from training.planner.schedules.problem import FORWARD, Pipeline, SchedulingProblem
 
 MESHES = {

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.fused_replay import check, replay
 from benchmarks.fused_schedules import read_rows, split_problem, split_schedule
-from training.planner.fusion.search import QUICK, find_schedule
+from training.planner.schedules.best import QUICK, find_schedule
 from training.planner.schedules.event_loop import Rule
 from training.planner.schedules.problem import Pipeline, SchedulingProblem
 from training.planner.schedules.schedule import serial_1f1b, timed
