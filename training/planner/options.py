@@ -16,7 +16,7 @@ from training.pipelines.orders import Pipelines, devices, mesh_against
 from training.plan import Assignment, Plan
 from training.planner.footprint import Footprints
 from training.planner.hardware import Cluster
-from training.planner.reallocation import AugmentedGraphs
+from training.planner.reallocation_cost import AugmentedGraphs
 from training.planner.schedules.problem import Pipeline, SchedulingProblem, Slack
 from training.planner.schedules.schedule import serial_1f1b
 

@@ -11,7 +11,7 @@ from training.plan import Assignment, Plan
 from training.planner.cost import CallCosts
 from training.planner.footprint import Footprints
 from training.planner.options import _pipeline, fused_training, turned
-from training.planner.reallocation import AugmentedGraphs
+from training.planner.reallocation_cost import AugmentedGraphs
 from training.planner.schedules.best import QUICK, find_schedule
 from training.planner.schedules.problem import SchedulingProblem
 
