@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from inference.generation.engine import StepWork
 from inference.generation.sampler import Sample
-from training.fusion import rollout as module
+from training.fusion import fused_rollout as module
 from training.fusion.board import Board, FusionPolicy, Timeline
 from training.fusion.choice import NOMINAL, NOMINAL_TICK
 from training.fusion.fused_rollout import FusedRollout, RankPosition
