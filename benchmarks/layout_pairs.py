@@ -64,7 +64,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
     from training.deepspeed_config import deepspeed_config
     from training.distributed import start_ranks, stop_ranks
     from training.hybrid_engine.deepspeed_setup import divide
-    from training.hybrid_engine.reallocation import Reallocation, here, tensor_parallel_of, weights_of
+    from training.hybrid_engine.reallocation import Reallocation, on_rank, tensor_parallel_of, weights_of
     from training.role_settings import OptimizerSettings
 
     ranks = start_ranks(1)
@@ -97,9 +97,11 @@ def run_rank(arguments: argparse.Namespace) -> None:
             moving = Reallocation(model, source, target, parts[target], ranks, first, dividing.get(target))
             moving.run()
             held = moving.weights
-            part = 0 if moving.stays else sum(here(w).numel() * w.element_size() for w in held.values())
+            part = 0 if moving.stays else sum(on_rank(w).numel() * w.element_size() for w in held.values())
             equal = all(
-                torch.equal(here(held[weight.name]).flatten(), expected(whole[weight.name], weight, target, ranks.rank))
+                torch.equal(
+                    on_rank(held[weight.name]).flatten(), expected(whole[weight.name], weight, target, ranks.rank)
+                )
                 if weight.is_on(target, ranks.rank)
                 else weight.name not in held
                 for weight in weights_of(model, (target,))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.fused_training import instance_of, medians, panel, predicted, report
+from benchmarks.fused_training import medians, panel, predicted, problem_of, report
 from benchmarks.work import Size, build_models
 from tests.ranks import run_ranks
 from training.pipelines.orders import Pipelines, makespan, one_forward_one_backward, timeline
@@ -21,7 +21,7 @@ def events():
 
 def test_seconds_by_stage_come_from_events():
     seconds = medians([events()] * 3)
-    a, b = instance_of(ROLES, seconds).models
+    a, b = problem_of(ROLES, seconds).models
     assert (a.micro_batches, a.forward, a.backward) == (2, (1, 3), (2, 5))
     assert (b.micro_batches, b.forward, b.backward) == (3, (0.5, 2), (1, 2.5))
     assert predicted(one_forward_one_backward(ROLES), seconds) == events()
