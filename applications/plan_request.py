@@ -17,7 +17,7 @@ from training.plan_checks import cannot_run, unrunnable
 from training.planner.footprint import DTYPES, Footprints
 from training.planner.hardware import DEVICES, THIS_MACHINE, Cluster, profile_file, read_profile
 from training.planner.options import FusedTraining, fused_training
-from training.planner.reallocation import AugmentedGraphs
+from training.planner.reallocation_cost import AugmentedGraphs
 from training.planner.search import Estimate, estimate
 from training.planner.workload import Workload
 from training.step3_rlhf.planned import PRECISIONS, expects_exactness, graphs_of, iteration_calls

@@ -14,7 +14,7 @@ from training.metrics import size
 from training.plan import Plan
 from training.planner.cost import CallCosts
 from training.planner.hardware import ACHIEVED_BANDWIDTH, Cluster, MachineProfile, cluster_here, profile_file
-from training.planner.reallocation import AugmentedGraphs
+from training.planner.reallocation_cost import AugmentedGraphs
 from training.planner.search import estimate
 from training.planner.workload import Workload
 from training.step3_rlhf.planned import PRECISIONS, graphs_of

@@ -15,7 +15,7 @@ from inference.errors import UserError
 from training.calls import DataflowGraph
 from training.planner.cost import CallCosts
 from training.planner.hardware import Cluster
-from training.planner.reallocation import AugmentedGraphs
+from training.planner.reallocation_cost import AugmentedGraphs
 from training.planner.search import Estimate, deepspeed_chat_plan, estimate
 from training.planner.workload import Workload
 

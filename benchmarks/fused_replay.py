@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Sequence
 from heapq import heappop, heappush
 
-from training.planner.fusion.problem import BACKWARD, FORWARD, ROUNDING, SchedulingProblem
-from training.planner.fusion.schedule import ImpossibleSchedule, Order, Schedule, ScheduledOperation
+from training.planner.schedules.problem import BACKWARD, FORWARD, ROUNDING, SchedulingProblem
+from training.planner.schedules.schedule import ImpossibleSchedule, Order, Schedule, ScheduledOperation
 
 
 def replay(problem: SchedulingProblem, orders: Sequence[Order]) -> tuple[float, float]:

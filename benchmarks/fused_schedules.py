@@ -21,8 +21,9 @@ from pathlib import Path
 
 from benchmarks.fused_replay import check, replay
 from training.pictures import Bar, Panel, gantt_svg
-from training.planner.fusion.event_loop import PER_DEVICE, PER_MODEL, EventLoop, Rule
-from training.planner.fusion.problem import (
+from training.planner.schedules.best import SECONDS, ScheduleResult, find_schedule
+from training.planner.schedules.event_loop import PER_DEVICE, PER_MODEL, EventLoop, Rule
+from training.planner.schedules.problem import (
     BACKWARD,
     FORWARD,
     KINDS,
@@ -32,8 +33,7 @@ from training.planner.fusion.problem import (
     Pipeline,
     SchedulingProblem,
 )
-from training.planner.fusion.schedule import Schedule, ScheduledOperation, serial_1f1b, timed
-from training.planner.fusion.search import SECONDS, ScheduleResult, find_schedule
+from training.planner.schedules.schedule import Schedule, ScheduledOperation, serial_1f1b, timed
 
 SECONDS_TARGET, MEMORY_TARGET = 20, 1.10
 BACKWARD_TO_FORWARD = 2

@@ -40,8 +40,8 @@ from training.pipelines.orders import (
     serial,
     timeline,
 )
-from training.planner.fusion.problem import BACKWARD, FORWARD, KINDS, Pipeline, SchedulingProblem
-from training.planner.fusion.search import QUICK, find_schedule
+from training.planner.schedules.best import QUICK, find_schedule
+from training.planner.schedules.problem import BACKWARD, FORWARD, KINDS, Pipeline, SchedulingProblem
 
 if TYPE_CHECKING:
     from training.distributed import Ranks

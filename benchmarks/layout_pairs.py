@@ -156,7 +156,7 @@ def planned_bytes() -> list[float]:
 
     from training.plan import Assignment
     from training.planner.hardware import Cluster
-    from training.planner.reallocation import Shares, Traffic, bytes_by_kind
+    from training.planner.reallocation_cost import Shares, Traffic, bytes_by_kind
     from training.planner.workload import Model
     from training.shape import Shape
 

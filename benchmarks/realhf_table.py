@@ -25,7 +25,7 @@ from training.calls import DataflowGraph
 from training.planner.cost import CallCosts
 from training.planner.hardware import Calibration, Cluster
 from training.planner.options import EVERYTHING, Space
-from training.planner.reallocation import AugmentedGraphs
+from training.planner.reallocation_cost import AugmentedGraphs
 from training.planner.search import estimate, megatron_plan, search
 from training.planner.table import PlanTable
 from training.planner.workload import Workload

@@ -148,9 +148,9 @@ def test_wrong_metrics_are_found():
 
 
 def test_wrong_imports_are_found():
-    example = "```python\nfrom training.planner.fusion.search import {}\n```\n"
+    example = "```python\nfrom training.planner.schedules.best import {}\n```\n"
     assert pages.wrong_imports(example.format("find_schedule")) == []
-    assert pages.wrong_imports(example.format("find_schedules")) == ["training.planner.fusion.search.find_schedules"]
+    assert pages.wrong_imports(example.format("find_schedules")) == ["training.planner.schedules.best.find_schedules"]
 
 
 def test_columns_of_other_tools_are_left_out():

@@ -15,7 +15,7 @@ from training.steps import PPO
 DIES_ONCE = """
 import os
 if os.environ.get("RANK") == "1" and not os.path.exists({marker!r}):
-    from training.fusion.rollout import FusedRollout
+    from training.fusion.fused_rollout import FusedRollout
     give = FusedRollout._give
 
     def die(self, moves):

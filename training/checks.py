@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from inference.errors import UserError
 from inference.families import longest_text, text_config
-from inference.tensor_parallel.plan import check_divides, cut_layers
+from inference.tensor_parallel.cuts import check_divides, cut_layers
 from training.calls import role_of
 from training.config import RunConfig
 from training.data_settings import DataSettings

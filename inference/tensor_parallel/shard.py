@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from inference.errors import UserError
 from inference.private_surfaces import HOOKS, put_plain_parameters, whole_shape
-from inference.tensor_parallel.plan import Heads, Kind, check_divides, cut_layers, no_plan
+from inference.tensor_parallel.cuts import Heads, Kind, check_divides, cut_layers, no_plan
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from training.distributed import PATIENCE, Ranks
 from training.pipelines.orders import Event, Operation, Orders, Pipelines
-from training.planner.fusion.problem import FORWARD
+from training.planner.schedules.problem import FORWARD
 
 POLLED = 0.001
 """Seconds between two looks at a GPU's message."""

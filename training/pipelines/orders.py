@@ -15,8 +15,8 @@ from math import lcm
 from typing import NamedTuple
 
 from training.hybrid_engine.layout import Layout
-from training.planner.fusion.problem import BACKWARD, FORWARD, KINDS
-from training.planner.fusion.schedule import ImpossibleSchedule, Schedule
+from training.planner.schedules.problem import BACKWARD, FORWARD, KINDS
+from training.planner.schedules.schedule import ImpossibleSchedule, Schedule
 
 
 class Operation(NamedTuple):

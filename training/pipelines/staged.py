@@ -26,9 +26,9 @@ from training.pipelines.orders import (
 )
 from training.pipelines.stage_engine import ScoringWork, TrainingWork
 from training.plan import Plan
-from training.planner.fusion.problem import BACKWARD, FORWARD, KINDS, Pipeline, SchedulingProblem
-from training.planner.fusion.schedule import serial_1f1b
-from training.planner.fusion.search import QUICK, find_schedule
+from training.planner.schedules.best import QUICK, find_schedule
+from training.planner.schedules.problem import BACKWARD, FORWARD, KINDS, Pipeline, SchedulingProblem
+from training.planner.schedules.schedule import serial_1f1b
 
 Order = Literal["auto", "serial", "1f1b", "fused"]
 LEAST_GAIN = 0.02

@@ -15,10 +15,10 @@ from training.hybrid_engine.layout import Layout
 from training.pipelines.orders import Pipelines, devices, mesh_against
 from training.plan import Assignment, Plan
 from training.planner.footprint import Footprints
-from training.planner.fusion.problem import Pipeline, SchedulingProblem, Slack
-from training.planner.fusion.schedule import serial_1f1b
 from training.planner.hardware import Cluster
-from training.planner.reallocation import AugmentedGraphs
+from training.planner.reallocation_cost import AugmentedGraphs
+from training.planner.schedules.problem import Pipeline, SchedulingProblem, Slack
+from training.planner.schedules.schedule import serial_1f1b
 
 MOST_MICRO_BATCHES = 64
 """Those of one data rank, in training and scoring."""

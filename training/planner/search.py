@@ -17,7 +17,7 @@ from training.plan import Assignment, Plan
 from training.plan_checks import require_valid
 from training.planner.footprint import Footprints
 from training.planner.hardware import Cluster
-from training.planner.reallocation import AugmentedGraphs, Node
+from training.planner.reallocation_cost import AugmentedGraphs, Node
 from training.planner.table import Array, Choices, IterationSchedule, PlanTable, list_schedule
 from training.planner.workload import Workload
 

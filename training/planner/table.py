@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from training.plan import Plan
 from training.planner.options import EVERYTHING, Option, Options, Space, meshes
-from training.planner.reallocation import AugmentedGraphs, Node, Shares, bytes_by_kind, reallocation_seconds
+from training.planner.reallocation_cost import AugmentedGraphs, Node, Shares, bytes_by_kind, reallocation_seconds
 from training.planner.workload import Workload
 
 ITERATIONS = 5

@@ -12,7 +12,7 @@ from training.plan_checks import problems, unrunnable
 from training.planner.cost import CallCosts
 from training.planner.footprint import DTYPES
 from training.planner.hardware import Cluster
-from training.planner.reallocation import AugmentedGraphs
+from training.planner.reallocation_cost import AugmentedGraphs
 from training.planner.workload import Precision, Workload
 from training.private_surfaces import multiplies_bf16
 from training.rlhf_settings import RLHFSettings

@@ -18,8 +18,8 @@ from training.data.batching import TokenBatch
 from training.fusion.board import SampleLengths
 from training.fusion.choice import FusionChoice
 from training.fusion.costs import Measured, deal
-from training.fusion.fusion import Fusion
-from training.fusion.rollout import Report
+from training.fusion.fused_rollout import Report
+from training.fusion.inter_stage import Fusion
 from training.plan import Assignment, Plan, most_generated
 from training.rewards import Rewarded
 from training.rlhf_settings import RLHFSettings

@@ -20,7 +20,7 @@ from training.metrics import WARNING
 from training.plan import Plan
 from training.planner.cost import CallCosts
 from training.planner.hardware import Cluster, cluster_here
-from training.planner.reallocation import AugmentedGraphs, Node
+from training.planner.reallocation_cost import AugmentedGraphs, Node
 from training.planner.table import Interval, IterationSchedule, list_schedule
 from training.stage import Stage
 from training.step3_rlhf.planned import graphs_of, shape_of

@@ -9,7 +9,7 @@ import torch
 from benchmarks.fused_schedules import read_rows
 from tests.ranks import run_ranks
 from tests.training.pipelines.works import Layers, Llamas, play, random_orders
-from tests.training.planner.fusion.test_bound import FILE
+from tests.training.planner.schedules.test_bound import FILE
 from training.pipelines.executor import connect, execute
 from training.pipelines.orders import (
     Operation,
@@ -21,8 +21,8 @@ from training.pipelines.orders import (
     serial,
     timeline,
 )
-from training.planner.fusion.problem import FORWARD, Pipeline, SchedulingProblem
-from training.planner.fusion.search import find_schedule
+from training.planner.schedules.best import find_schedule
+from training.planner.schedules.problem import FORWARD, Pipeline, SchedulingProblem
 
 MESHES = {
     "one against the other": (((0, 1),), ((1, 0),), 4, 3),

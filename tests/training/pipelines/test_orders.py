@@ -19,10 +19,10 @@ from training.pipelines.orders import (
     serial,
     timeline,
 )
-from training.planner.fusion.problem import FORWARD, Pipeline, SchedulingProblem
-from training.planner.fusion.schedule import ImpossibleSchedule, serial_1f1b, timed
-from training.planner.fusion.schedule import one_forward_one_backward as planned_1f1b
-from training.planner.fusion.search import find_schedule
+from training.planner.schedules.best import find_schedule
+from training.planner.schedules.problem import FORWARD, Pipeline, SchedulingProblem
+from training.planner.schedules.schedule import ImpossibleSchedule, serial_1f1b, timed
+from training.planner.schedules.schedule import one_forward_one_backward as planned_1f1b
 
 
 def roles_of(a: Layout, b: Layout, micro_batches=(4, 3)):

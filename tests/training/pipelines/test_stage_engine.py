@@ -22,8 +22,8 @@ from training.pipelines.executor import connect, execute
 from training.pipelines.orders import Pipelines, fused, one_forward_one_backward, serial
 from training.pipelines.stage_engine import Pass, ScoringWork, StageEngine
 from training.pipelines.stage_model import keep_stage, tied_table
-from training.planner.fusion.problem import FORWARD, Pipeline, SchedulingProblem
-from training.planner.fusion.search import find_schedule
+from training.planner.schedules.best import find_schedule
+from training.planner.schedules.problem import FORWARD, Pipeline, SchedulingProblem
 from training.role_settings import LoRASettings, OptimizerSettings
 
 LAYERS = (2, 1)

@@ -13,7 +13,7 @@ from training.models.policy import Policy, Scorer, hidden_shape
 from training.pipelines.executor import PipelineWork
 from training.pipelines.orders import Operation, Orders, Pipelines, timeline
 from training.pipelines.stage_model import held_weights, keep_stage
-from training.planner.fusion.problem import BACKWARD, FORWARD
+from training.planner.schedules.problem import BACKWARD, FORWARD
 
 WIDTH = 6
 

@@ -12,7 +12,7 @@ from training.plan import Plan
 from training.planner.cost import CallCosts
 from training.planner.hardware import Calibration, Cluster
 from training.planner.options import Options, meshes
-from training.planner.reallocation import AugmentedGraphs
+from training.planner.reallocation_cost import AugmentedGraphs
 from training.planner.workload import Workload
 from training.role_settings import LoRASettings
 from training.shape import Shape

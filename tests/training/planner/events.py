@@ -9,7 +9,7 @@ import heapq
 from collections import deque
 from collections.abc import Sequence
 
-from training.planner.reallocation import Node
+from training.planner.reallocation_cost import Node
 
 Job = tuple[int, int]
 """Iteration, place in the graph."""

@@ -10,10 +10,10 @@ from training.pipelines.orders import Pipelines, devices
 from training.plan import Assignment, Plan
 from training.planner.cost import CallCosts
 from training.planner.footprint import Footprints
-from training.planner.fusion.problem import SchedulingProblem
-from training.planner.fusion.search import QUICK, find_schedule
 from training.planner.options import _pipeline, fused_training, turned
-from training.planner.reallocation import AugmentedGraphs
+from training.planner.reallocation_cost import AugmentedGraphs
+from training.planner.schedules.best import QUICK, find_schedule
+from training.planner.schedules.problem import SchedulingProblem
 
 FOUR = (0, 1, 2, 3)
 GRAPHS = graphs_on(1, 4)

@@ -13,7 +13,7 @@ from training.calls import DataflowGraph, with_recomputed_logprobs
 from training.plan_checks import problems
 from training.planner.cost import CallCosts
 from training.planner.options import Options
-from training.planner.reallocation import AugmentedGraphs
+from training.planner.reallocation_cost import AugmentedGraphs
 from training.planner.search import estimate, search
 from training.planner.table import UNDECIDED, PlanTable
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.training.planner.events import makespan_by_events
 from training.calls import ACTOR_TRAIN, DataflowGraph
-from training.planner.reallocation import After, AugmentedGraphs, Node
+from training.planner.reallocation_cost import After, AugmentedGraphs, Node
 from training.planner.search import estimate
 from training.planner.table import ITERATIONS, IterationSchedule, list_schedule
 

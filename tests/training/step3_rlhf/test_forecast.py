@@ -13,7 +13,7 @@ from training.fusion.board import Span
 from training.hybrid_engine.layout import Layout
 from training.plan import Assignment, Plan
 from training.planner.hardware import profile_file
-from training.planner.reallocation import After, Node
+from training.planner.reallocation_cost import After, Node
 from training.planner.search import estimate
 from training.planner.table import list_schedule
 from training.step3_rlhf.planned import graphs_of

@@ -12,7 +12,7 @@ from training.hybrid_engine.layout import Layout
 from training.hybrid_engine.transfers import transfers
 from training.plan import Assignment, Plan
 from training.planner.hardware import Cluster
-from training.planner.reallocation import KINDS, SETUP_SECONDS, Shares, Traffic, bytes_by_kind, seconds_between
+from training.planner.reallocation_cost import KINDS, SETUP_SECONDS, Shares, Traffic, bytes_by_kind, seconds_between
 
 CLUSTER = Cluster.named("a100-80g", 2, 4)
 LINK, NETWORK, COPY = 300e9 * 0.8, 25e9 * 0.8, 2 / (2039e9 * 0.8)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from training.planner.fusion.problem import BACKWARD, FORWARD, KINDS, MODELS, WEIGHT, SchedulingProblem
+from training.planner.schedules.problem import BACKWARD, FORWARD, KINDS, MODELS, WEIGHT, SchedulingProblem
 
 
 class ScheduledOperation(NamedTuple):

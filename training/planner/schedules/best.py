@@ -15,10 +15,10 @@ import random
 import time
 from dataclasses import dataclass
 
-from training.planner.fusion.event_loop import Rule
-from training.planner.fusion.problem import ROUNDING, SchedulingProblem
-from training.planner.fusion.schedule import Schedule, serial_1f1b, timed
-from training.planner.fusion.scheduler import UNBOUNDED, Beam, DirectedSchedule, ListScheduler
+from training.planner.schedules.event_loop import Rule
+from training.planner.schedules.problem import ROUNDING, SchedulingProblem
+from training.planner.schedules.schedule import Schedule, serial_1f1b, timed
+from training.planner.schedules.scheduler import UNBOUNDED, Beam, DirectedSchedule, ListScheduler
 
 EFFORT = 6_500_000
 """Operations that the search may start, in all its event loops together: some seconds."""

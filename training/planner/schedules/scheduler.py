@@ -13,9 +13,9 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from training.planner.fusion.event_loop import PER_DEVICE, PER_MODEL, EventLoop, Rule, State
-from training.planner.fusion.problem import BACKWARD, FORWARD, ROUNDING, SchedulingProblem, Slack
-from training.planner.fusion.schedule import Order, Schedule
+from training.planner.schedules.event_loop import PER_DEVICE, PER_MODEL, EventLoop, Rule, State
+from training.planner.schedules.problem import BACKWARD, FORWARD, ROUNDING, SchedulingProblem, Slack
+from training.planner.schedules.schedule import Order, Schedule
 
 UNBOUNDED = 2**31
 

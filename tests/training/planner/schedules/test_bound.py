@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.fused_schedules import read_rows
-from training.planner.fusion.problem import Pipeline, SchedulingProblem, Slack
-from training.planner.fusion.schedule import ImpossibleSchedule, timed
+from training.planner.schedules.problem import Pipeline, SchedulingProblem, Slack
+from training.planner.schedules.schedule import ImpossibleSchedule, timed
 
 from .conftest import all_orders, random_orders, with_cap
 

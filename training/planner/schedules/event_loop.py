@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
-from training.planner.fusion.problem import BACKWARD, FORWARD, ROUNDING, WEIGHT, Numbers, SchedulingProblem
-from training.planner.fusion.schedule import Order
+from training.planner.schedules.problem import BACKWARD, FORWARD, ROUNDING, WEIGHT, Numbers, SchedulingProblem
+from training.planner.schedules.schedule import Order
 
 PER_DEVICE, PER_MODEL = 6, 3
 

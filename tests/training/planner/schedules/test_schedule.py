@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks.fused_replay import check, replay
 from benchmarks.fused_schedules import interleaved_greedy, split_problem, split_schedule
-from training.planner.fusion.problem import BACKWARD, FORWARD, WEIGHT, Pipeline, SchedulingProblem
-from training.planner.fusion.schedule import ImpossibleSchedule, Schedule, serial_1f1b, timed
+from training.planner.schedules.problem import BACKWARD, FORWARD, WEIGHT, Pipeline, SchedulingProblem
+from training.planner.schedules.schedule import ImpossibleSchedule, Schedule, serial_1f1b, timed
 
 from .conftest import random_orders, with_cap
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.fused_schedules import split_pipeline, split_problem
-from training.planner.fusion.problem import BACKWARD, FORWARD, WEIGHT, Pipeline, SchedulingProblem
-from training.planner.fusion.schedule import Order
+from training.planner.schedules.problem import BACKWARD, FORWARD, WEIGHT, Pipeline, SchedulingProblem
+from training.planner.schedules.schedule import Order
 
 PROBLEMS = {
     "equal": SchedulingProblem(Pipeline(3, 4, 2, 4, 1.5), Pipeline(3, 4, 1, 2, 1)),

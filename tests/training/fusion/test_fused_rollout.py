@@ -14,10 +14,10 @@ import torch.distributed as dist
 
 from inference.generation.engine import StepWork
 from inference.generation.sampler import Sample
-from training.fusion import rollout as module
+from training.fusion import fused_rollout as module
 from training.fusion.board import Board, FusionPolicy, Timeline
 from training.fusion.choice import NOMINAL, NOMINAL_TICK
-from training.fusion.rollout import FusedRollout, RankPosition
+from training.fusion.fused_rollout import FusedRollout, RankPosition
 from training.hybrid_engine.layout import Layout
 
 PATIENCE = 60.0

@@ -8,11 +8,11 @@ import pytest
 
 from benchmarks.fused_replay import check, replay
 from benchmarks.fused_schedules import read_rows, split_problem, split_schedule
-from training.planner.fusion.event_loop import Rule
-from training.planner.fusion.problem import Pipeline, SchedulingProblem
-from training.planner.fusion.schedule import serial_1f1b, timed
-from training.planner.fusion.scheduler import ListScheduler
-from training.planner.fusion.search import QUICK, find_schedule
+from training.planner.schedules.best import QUICK, find_schedule
+from training.planner.schedules.event_loop import Rule
+from training.planner.schedules.problem import Pipeline, SchedulingProblem
+from training.planner.schedules.schedule import serial_1f1b, timed
+from training.planner.schedules.scheduler import ListScheduler
 
 from .conftest import PROBLEMS, with_cap
 from .test_bound import FILE, SMALLEST, best_of_all

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from inference.errors import UserError
-from inference.tensor_parallel.plan import Heads, check_divides, cut_layers
+from inference.tensor_parallel.cuts import Heads, check_divides, cut_layers
 from inference.tensor_parallel.shard import Cut, TensorParallel, empty_shard, even, rows_of
 from tests.inference.tensor_parallel.families import FAMILIES, build
 

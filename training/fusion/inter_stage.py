@@ -10,7 +10,7 @@ from inference.generation.engine import Decoding
 from training.fusion.board import BackgroundScoring, Begin, Board, RankPosition, SampleLengths, Timeline
 from training.fusion.choice import NOMINAL, FusionChoice, FusionChooser, Setting
 from training.fusion.costs import LengthStatistics, deal, measure_bandwidth
-from training.fusion.rollout import FusedRollout, Report
+from training.fusion.fused_rollout import FusedRollout, Report
 from training.plan import Assignment
 from training.stage import Stage
 
