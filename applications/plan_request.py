@@ -178,7 +178,7 @@ def make_request(
 ) -> Request:
     """What is typed for `rlhf-chat plan`: `gpu` is a device in the list, this machine or a profile's YAML file,
     `network` Gbit/s; by default nodes have 8 GPUs, or as many as were measured together. Raises UserError."""
-    given = {"reward_model": reward_model} if reward_model else {}
+    given = {"reward_model": reward_model} if reward_model is not None else {}
     settings = settings_of_new_run(settings_for_model(model), config or [], overrides or [], given, None)
     machine = Machine.here() if gpu == THIS_MACHINE else None
     if gpu == THIS_MACHINE or gpu.endswith((".yaml", ".yml")):

@@ -120,9 +120,11 @@ def pieces() -> list[Piece]:
     ]
     found.append(Piece(Work("grpo", "skew"), ("continuous batching",)))
     others = [(MINI_BATCHES, 0.0), (1, KL), (1, 0.0)]
-    for method, (steps, kl), lengths in itertools.product(("grpo", "rloo"), others, ("skew", "tail512", "fixed")):
-        forms = batching if lengths == "tail512" else plain
-        found.append(Piece(Work(method, lengths, steps=steps, kl=kl), forms))
+    lengths = "skew", "tail512", "fixed"
+    for dtype, method, (steps, kl), length in itertools.product(("fp32", "bf16"), ("grpo", "rloo"), others, lengths):
+        in_fp32, in_bf16 = (batching, bf16_batching) if length == "tail512" else (plain, both("bf16 weights"))
+        forms = in_fp32 if dtype == "fp32" else in_bf16
+        found.append(Piece(Work(method, length, dtype, steps, kl), forms))
     return found
 
 

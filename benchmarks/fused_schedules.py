@@ -178,6 +178,8 @@ def print_summary(results: list[Result]) -> list[str]:
 
 def split_pipeline(pipeline: Pipeline, share: float = SPLIT_SHARE) -> Pipeline:
     """Make the weight-gradient part, that share of every backward, an operation of its own."""
+    if pipeline.is_split or not 0 < share < 1:
+        raise ValueError("only a whole backward can be split, and the share lies between 0 and 1")
     backwards = [times[BACKWARD] for times in pipeline.times]
     rest, weights = (tuple(time * part for time in backwards) for part in (1 - share, share))
     return replace(pipeline, backward=rest, weight=weights)

@@ -210,7 +210,8 @@ def absolute_function(spec: RewardSpec) -> RewardSpec:
 
 
 def absolute_model(source: str) -> str:
-    """Read a model as resolve_model does: `tiny` and packages come first, then directories, then the hub."""
+    """Make the path of a model absolute. As in resolve_model, `tiny` and packages come first, then directories, then
+    the hub."""
     if not source or source == TINY or source.startswith("package:") or not exists(source):
         return source
     return str(Path(source).expanduser().resolve())

@@ -195,7 +195,8 @@ def _rlhf_parts(
         return call in plan.assignments and rank in plan[call].layout.mesh
 
     def here(call: str, shape: Shape) -> Shape:
-        """Shape this rank's pipeline stage; `parameters` without an output matrix if the model has a score head."""
+        """Return the shape of this rank's pipeline stage; `parameters` without an output matrix if the model has a
+        score head."""
         with_head = not call.startswith(("reward", "critic"))
         stage = shape.stage(plan[call].layout.stage_cut(rank, shape.layers), with_head)
         return stage if with_head else replace(stage, parameters=stage.scorer_parameters, output_matrix=0)

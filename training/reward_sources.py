@@ -79,7 +79,7 @@ class RewardFunction:
 
 
 class RewardByName:
-    """An entry of training.reward_specs."""
+    """A reward of `training.reward_specs.NAMED_REWARDS`."""
 
     def __init__(self, spec: RewardSpec, name: str):
         self.name, self.setting, self.reward = name, f"rlhf.reward_function={spec.text}", spec.named()

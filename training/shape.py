@@ -117,8 +117,9 @@ class Shape:
         return self.parameters - self.output_matrix
 
     def stage(self, cut: StageCut, with_head: bool = True) -> "Shape":
-        """Shape a pipeline stage: the first one has the embeddings too, the last one the output matrix, if the model is
-        one `with_head`; what is both is on both. What else is outside of the layers counts as theirs."""
+        """Return the shape of a pipeline stage: the first one has the embeddings too, the last one the output
+        matrix, if the model is one `with_head`; what is both is on both. What else is outside of the layers counts
+        as theirs."""
         if len(cut.layers) == 1:
             return self
         output = self.output_matrix * with_head

@@ -259,7 +259,11 @@ class GraphKey(NamedTuple):
 
 
 class Replay:
-    """The static step over one cache and one set of weights; the engine keeps it from call to call."""
+    """The static step over one cache and one set of weights; the engine keeps it from call to call.
+
+    On CUDA each size, from buckets, is captured once as a graph and replayed; elsewhere, and where a capture fails, the
+    step runs eagerly. Rows beyond the running ones are decoded too, into rows of the cache that nobody reads.
+    """
 
     def __init__(self, passes: PackedPasses):
         self.passes, self.cache, self.device = passes, passes.cache, passes.device

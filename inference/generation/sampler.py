@@ -224,7 +224,8 @@ class OwnSample(Sample):
     alternatives: int = 0
     """Tokens beside which each drawn one is to be seen."""
     likeliest: list[list[tuple[int, float]]] = field(default_factory=list)
-    """The likeliest tokens beside each response token with their log-probabilities, where `alternatives` are wanted."""
+    """For each response token the likeliest tokens at its position with their log-probabilities, where `alternatives`
+    are wanted."""
 
 
 class OwnDraw(Draw):

@@ -246,7 +246,7 @@ def test_the_hub_is_asked_only_when_wanted(monkeypatch, capsys):
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    assert machine_report.report_on_machine(ask_hub=False)
-    assert "127.0.0.1:9" not in capsys.readouterr().out
-    assert machine_report.report_on_machine(ask_hub=True)
-    assert "http://127.0.0.1:9 cannot be reached" in capsys.readouterr().out
+    code, printed, _ = run(monkeypatch, capsys)
+    assert code == 0 and "127.0.0.1:9" not in printed
+    code, printed, _ = run(monkeypatch, capsys, "--hub")
+    assert code == 0 and "http://127.0.0.1:9 cannot be reached" in printed

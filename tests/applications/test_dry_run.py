@@ -13,7 +13,6 @@ from applications.fit import GIB, Machine, Outlook, check_fits, disk_needed, fin
 from applications.preset_store import load_preset, settings_for_model
 from applications.profile import expected_time
 from inference.errors import UserError
-from rlhf_chat import HOME
 from tests.training.planner.test_machine import PROFILE
 from training.config import RunConfig
 from training.config_files import load_config
@@ -45,7 +44,7 @@ def line_of(text: str, name: str, after: str = "") -> str:
 
 
 def test_models_batches_and_steps_of_opt_13b(laptop, tmp_path):
-    text = dry_run(config_of("opt-13b", "processes=8"), [SFT, REWARD, PPO], tmp_path / "run")
+    text = dry_run(config_of("opt-13b", "processes=8"), [SFT, REWARD, PPO], tmp_path / "my run")
     assert "12.85 B parameters" in line_of(text, "actor")
     assert "331.2 M parameters" in line_of(text, "reward, critic")
     # 64 rows on 8 ranks: 8 each, and 4096 tokens hold 8 rows of 512
@@ -56,7 +55,8 @@ def test_models_batches_and_steps_of_opt_13b(laptop, tmp_path):
     assert "400 of each" in line_of(text, "optimiser steps", "Step 3")  # 100 x 1 x 4
     # 8 operations (with recomputation) x 12.853e9 weights x 64 x 512 tokens
     assert "3.4 PFLOP" in line_of(text, "compute", "Step 1")
-    assert f"--nproc-per-node 8 {HOME}/training/step1_sft/main.py" in " ".join(text.replace("\\\n", "").split())
+    command = " ".join(text.replace("\\\n", "").split())
+    assert "--nproc-per-node 8 " in command and "training/step1_sft/main.py" in command and "/my run'" in command
 
 
 def test_uneven_batches_say_so(laptop, tmp_path):

@@ -36,7 +36,7 @@ ACCURACY = {"eval/accuracy": 0.8125, "eval/accuracy_up_to_8_tokens": 0.75, "eval
 
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", "120")
 
 
 def answer(prompt: str, sft: str, rlhf: str, turns: tuple[str, ...] = ()) -> dict:
@@ -190,7 +190,8 @@ def test_the_first_few_answers_are_shown(tmp_path):
 
 
 @pytest.mark.parametrize("said", ["[bold]not markup[/bold]", "an end [/b] without a beginning", "[red]", ":smile:"])
-def test_answers_are_shown_as_they_are(tmp_path, said):
+def test_answers_are_shown_as_they_are(tmp_path, said, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
     run = make_run(tmp_path, [answer(f"p {said}", f"s {said}", f"r {said}")])
     assert cells(comparison_table(run))[-1] == [f"p {said}", f"s {said}", f"r {said}"]
 

@@ -34,9 +34,10 @@ def work_of_each(ranks, directory):
         ]
     for method in ("sft", "dpo"):
         config = our_supervised.make_config(method, "tiny", "fp32", "fp32", threads=1)
-        task = our_supervised.make_task(method, config, directory / method, ranks, updates=1)
+        task = our_supervised.make_task(method, config, directory / method, ranks, updates=2)
         did = our_supervised.step(task, 0)
         found[method] = [did["tokens"], task.engine.engine.global_steps, did["loss"]]
+    found["second dpo"] = our_supervised.step(task, 1)["loss"]
     return found
 
 
@@ -46,6 +47,7 @@ def test_ours_does_the_work(tmp_path):
     assert found["grpo"] == [32 * 5, 4, True]
     assert found["rloo"] == [32 * 5, 1, False]
     assert found["dpo"] == [8448, 1, pytest.approx(math.log(2), abs=1e-4)]
+    assert found["second dpo"] < math.log(2) - 1e-4  # the reference is the model as it was
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "models" / "actor").eval()
     total = 0.0
     with torch.inference_mode():

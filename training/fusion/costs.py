@@ -45,7 +45,7 @@ class Costs:
     cache_bytes: int = 0
 
     def decode_seconds(self, rows: int, context: float) -> float:
-        """Return those of one decode step of `rows` samples that attend to `context` tokens in sum."""
+        """Return the seconds of one decode step of `rows` samples that attend to `context` tokens in sum."""
         return self.step_seconds(rows) + self.per_context * context
 
     def step_seconds(self, rows: int) -> float:
@@ -61,7 +61,7 @@ class Costs:
         return self.prefill[0] + self.prefill[1] * tokens
 
     def score_seconds(self, tokens: int) -> float:
-        """Return those to score one micro-batch in all roles."""
+        """Return the seconds to score one micro-batch in all roles."""
         return self.score[0] + self.score[1] * tokens
 
     def work_seconds(self, work: StepWork) -> float:
@@ -70,7 +70,7 @@ class Costs:
         return work.steps * self.decode_seconds(round(work.rows / work.steps), work.context / work.steps)
 
     def move_seconds(self, tokens: int) -> float:
-        """Return those to move the keys and values of so many tokens."""
+        """Return the seconds to move the keys and values of so many tokens."""
         return tokens * self.cache_bytes / self.bandwidth
 
     def moves_cache(self, tokens: int) -> bool:

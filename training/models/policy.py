@@ -55,7 +55,8 @@ def call_on_tokens(
 
 
 def hidden_shape(model: PreTrainedModel, batch: TokenBatch) -> torch.Size:
-    """Shape what a stage of `model` sends on: (computed tokens, hidden), or padded (rows, longest, hidden)."""
+    """Return the shape of what a stage of `model` sends on: (computed tokens, hidden), or padded (rows, longest,
+    hidden)."""
     width = text_config(model.config).hidden_size
     if attention_of(model.config) != PACKED_ATTENTION:
         return torch.Size((len(batch.lengths), max(batch.lengths), width))

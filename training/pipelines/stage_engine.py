@@ -115,7 +115,7 @@ class StageEngine(ZeroEngine):
         return metrics
 
     def _gradient_norm(self) -> Tensor:
-        """Return that of all stages together, and clip the gradients of this one by it."""
+        """Return the gradient norm of all stages together, and clip the gradients of this one by it."""
         gradients, divided = reduced_gradients(self.engine)
         squared = norm_of(gradients).double() ** 2
         if divided:
@@ -162,7 +162,7 @@ class StageEngine(ZeroEngine):
         return self.pipeline if self.ranks.is_first else None
 
     def trained_weights(self) -> dict[str, Tensor]:
-        """Return those of all stages, whole, in fp32 on the CPU, named as in the language model.
+        """Return the weights of all stages, whole, in fp32 on the CPU, named as in the language model.
 
         All ranks of all stages call it; only the first of a pipeline gets them (the others an empty dict).
         """

@@ -159,7 +159,7 @@ class Options:
         return Option(assignment, seconds, least, least_working, held - least, working - least_working)
 
     def _bytes(self, call: Call, assignment: Assignment, own_weights: bool) -> tuple[int, int]:
-        """Return those on a device: all through the iteration, and while the call runs."""
+        """Return the bytes on a device: all through the iteration, and while the call runs."""
         parts = self.footprints.parts(call, assignment, own_weights)
         on_device = [part for part in parts if part.location == "device"]
         held = sum(part.bytes for part in on_device if not part.phase)
@@ -179,7 +179,7 @@ def meshes(cluster: Cluster, space: Space) -> Iterator[tuple[int, ...]]:
 
 
 def _without_dominated(options: list[Option]) -> list[Option]:
-    """Return those of options with one cut that no other beats or equals in seconds and in memory."""
+    """Return the numbers of options with one cut that no other beats or equals in seconds and in memory."""
     best: list[Option] = []
     for option in sorted(options, key=_price):
         if not any(all(a <= b for a, b in zip(_price(other), _price(option), strict=True)) for other in best):

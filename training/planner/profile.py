@@ -182,8 +182,8 @@ class Meter:
         return many.numel() * many.element_size() / taken
 
     def hook_seconds(self, launch: float) -> float:
-        """Return those of DeepSpeed around one layer, in a forward or a backward pass under ZeRO 3, beside `launch`
-        seconds for its kernels: with weights so small that all ranks keep them whole, it gathers none."""
+        """Return the seconds of DeepSpeed around one layer, in a forward or a backward pass under ZeRO 3, beside
+        `launch` seconds for its kernels: with weights so small that all ranks keep them whole, it gathers none."""
         from training.hybrid_engine.zero_engine import ZeroEngine  # seconds that only this needs
         from training.role_settings import OptimizerSettings
 
@@ -203,15 +203,15 @@ class Meter:
         return (self._forward(more, ids) - self._forward(few, ids)) / (LAYERS[1] - LAYERS[0])
 
     def decode_seconds(self) -> float:
-        """Return those to run one layer in a decode step of the generation engine, nearly without arithmetic; on a GPU
-        its steps are CUDA graphs."""
+        """Return the seconds to run one layer in a decode step of the generation engine, nearly without arithmetic; on
+        a GPU its steps are CUDA graphs."""
         few, more = (self._decode(self.stack(layers, hidden=64, generates=True)) for layers in LAYERS)
         return max(0.0, more - few) / (LAYERS[1] - LAYERS[0]) / (DECODED - 1)
 
     def decode_collective_seconds(self, alone: float) -> float:
-        """Return those of a collective over two ranks in a decode step of the generation engine: a tensor-parallel
-        layer takes two of them longer than one `alone`. Ranks that come from many small kernels wait longer for each
-        other."""
+        """Return the seconds of a collective over two ranks in a decode step of the generation engine: a
+        tensor-parallel layer takes two of them longer than one `alone`. Ranks that come from many small kernels wait
+        longer for each other."""
         part = TensorParallel(self.ranks.rank, self.ranks.size, dist.group.WORLD)
         whole = (self.stack(layers, 64 * part.size, generates=True) for layers in FEW_LAYERS)
         few, more = (self._decode(shard(model, part), FEW) for model in whole)

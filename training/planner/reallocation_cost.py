@@ -126,7 +126,7 @@ def reallocation_seconds(
     sizes: Array,
     cluster: Cluster,
 ) -> Array:
-    """Return those (pairs) of cut `sources[i]` to cut `targets[i]`, which differ, for weights of `sizes` bytes
+    """Return the seconds (pairs) of cut `sources[i]` to cut `targets[i]`, which differ, for weights of `sizes` bytes
     (KINDS)."""
     traffic = Traffic.between(source, sources, target, targets, sizes)
     in_node = traffic.received.max(axis=1) / cluster.device.link_bandwidth
@@ -138,7 +138,7 @@ def reallocation_seconds(
 
 
 def seconds_between(source: Cut, target: Cut, sizes: Array, cluster: Cluster, layers: int) -> float:
-    """Return those of one reallocation of a model of so many layers; 0 only if cut and placement are equal."""
+    """Return the seconds of one reallocation of a model of so many layers; 0 only if cut and placement are equal."""
     if source == target:
         return 0.0
     first = np.zeros(1, dtype=np.int64)

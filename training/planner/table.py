@@ -46,7 +46,10 @@ class IterationSchedule:
 
 
 def list_schedule(nodes: Sequence[Node], iterations: int = ITERATIONS) -> IterationSchedule:
-    """Schedule `nodes` in order, iteration after iteration."""
+    """Schedule `nodes` in order, iteration after iteration (the recurrence of ReaLHF, arXiv 2406.14088).
+
+    The order is that of the graph, the same on all ranks, so ranks that share several calls never wait in a circle.
+    """
     overlapping = {node.name: [other.name for other in nodes if node.ranks & other.ranks] for node in nodes}
     ends: dict[tuple[str, int], float] = {}
     last_end = dict.fromkeys(overlapping, 0.0)

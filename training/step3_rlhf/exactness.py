@@ -41,7 +41,7 @@ PROMPTS = (70, 70, 41, 17, 6, 3, 2, 1)
 """Tokens; the first two are the same."""
 DECODED = 8
 QUERIES = 256
-"""Those that are tried one by one in attention as long as the run's."""
+"""Queries that are tried one by one in attention as long as the run's."""
 
 
 def settle_exactness(stage: Stage, actor: Path) -> Exactness | None:

@@ -102,7 +102,7 @@ class Targets:
         return cls(mask, logprobs, reference, values, score, penalty.sum(1), advantages, returns, lengths)
 
     def of_tokens(self, rows: list[int], device: torch.device) -> "TokenTargets":
-        """Return those of some samples, token by token."""
+        """Return the targets of some samples, token by token."""
 
         def flat(padded: Tensor) -> Tensor:
             return torch.cat([padded[row, : self.lengths[row]] for row in rows]).to(device, non_blocking=True)
@@ -193,8 +193,9 @@ PER_SAMPLE = 4
 def gather_experience(
     ranks: Ranks, ours: list[Experience], prompts: Sequence[Tensor], numbers: Sequence[str]
 ) -> list[Experience]:
-    """Return the samples of all ranks, in order. `numbers` are the keys of a number a token that they have; the others
-    are made from these. `prompts` are those of all samples, by index."""
+    """Return the samples of all ranks, in order: one flat tensor of 32-bit words each, nothing pickled, no prompts.
+    `numbers` are the keys of a number a token that they have; the others are made from these. `prompts` are those of
+    all samples, by index."""
     if ranks.size == 1:
         return in_order(ours)
     gathered: list[Experience] = []

@@ -323,8 +323,8 @@ class Roles:
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
-        """Return those of the actor as it is trained, float32 (response tokens) of each batch; none on a stage but the
-        last."""
+        """Return the log-probabilities of the actor as it is trained, float32 (response tokens) of each batch; none on
+        a stage but the last."""
         return [logprobs for logprobs, _ in self._ask("actor_train", self.actor, batches, self.settings.temperature)]
 
     @torch.no_grad()

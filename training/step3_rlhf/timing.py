@@ -101,7 +101,7 @@ def hardware_of(stage: Stage) -> Cluster | None:
 
 
 def predicted_seconds(schedule: IterationSchedule) -> dict[str, float]:
-    """Return those of each call, and of what is moved before calls, by its kind."""
+    """Return the seconds of each call, and of what is moved before calls, by its kind."""
     seconds: dict[str, float] = {}
     for interval in schedule.intervals:
         name = kind_of(interval)
@@ -115,7 +115,7 @@ def kind_of(interval: Interval) -> str:
 
 
 def achieved_seconds(spans: Sequence[Sequence[Span]]) -> dict[str, float]:
-    """Return those of each call on the rank that took longest; `spans` are by rank."""
+    """Return the seconds of each call on the rank that took longest; `spans` are by rank."""
     longest: dict[str, float] = {}
     for of_rank in spans:
         seconds: dict[str, float] = {}

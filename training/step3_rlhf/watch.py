@@ -249,7 +249,7 @@ def rank_within(bound: float, evaluation: Mapping[str, float]) -> tuple[float] |
 
 
 def mean_kl(experience: list[Experience]) -> float:
-    """Return that to the reference, nats a response (k3)."""
+    """Return the mean KL to the reference, nats a response (k3)."""
     return mean([float(kl_k3(e.logprobs, e.reference_logprobs).sum()) for e in experience])
 
 
@@ -273,8 +273,8 @@ def look_at_reward_model(stage: Stage, roles: Roles, chat_format: ChatFormat) ->
 
 
 def accuracy_of_step_2(stage: Stage) -> tuple[float, int] | None:
-    """Return that of the reward model that this run trained, and on how many pairs; None for another model, or an early
-    version's."""
+    """Return the accuracy of the reward model that this run trained, and on how many pairs; None for another model, or
+    an early version's."""
     step = stage.run.step(REWARD)
     if stage.config.given_model(REWARD) or not (stage.ranks.is_first and step.is_finished):
         return None
@@ -330,7 +330,11 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.02}
 
 
 def check_first_update(stage: Stage, roles: Roles, experience: list[Experience]) -> None:
-    """Compare on the shortest micro-batches of every rank; raises Diverged with an explanation where it fails."""
+    """Compare training with generation on the shortest micro-batches of every rank.
+
+    The actor has not changed since it generated, so the ratio must be 1 and the KL from old to new 0: a wrong mask,
+    position, temperature or weight shows here. Raises Diverged with an explanation.
+    """
     settings, ranks = stage.config.rlhf, stage.ranks
     whole = settings.min_response_tokens == 0  # else generation drew from a distribution without the end token
     position, ours = roles.positions.get("actor_train"), None

@@ -211,7 +211,7 @@ def test_a_slot_that_falls_free_is_filled_at_once():
     # prefill of two, a step of both, prefill of the third, two steps, prefill of the fourth, then the first alone
     assert model.rows == [2, 2, 1, 2, 2, 1, 1, 1, 1, 1]
     stats = engine.stats
-    assert (stats.samples, stats.response_tokens, stats.decode_steps, stats.row_steps) == (4, 14, 7, 10)
+    assert (stats.samples, stats.response_tokens, stats.decode_steps, stats.row_steps, stats.slots) == (4, 14, 7, 10, 2)
 
 
 def test_two_hundred_samples_run_on_thirty_two_slots(model):

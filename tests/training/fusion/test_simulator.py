@@ -207,8 +207,8 @@ def test_no_tick_is_skipped_at_which_something_is_decided(seed, threshold, monke
 
 
 def step_by_step(share, config, until):
-    """A second implementation of `Instance.advance`: one step at a time. Returns clock, ends by index, tokens by index
-    of what is left."""
+    """A second implementation of `DecodingInstance.advance`: one step at a time. Returns clock, ends by index, tokens
+    by index of what is left."""
     costs, clock, ends = config.costs, 0.0, {}
     tokens = {sample.index: 0 for sample in share}
     by_index = {sample.index: sample for sample in share}
