@@ -4,7 +4,7 @@ from tests.touched import ALWAYS, touched
 
 
 def test_what_imports_a_changed_module():
-    assert touched({"training/step3_rlhf/watch.py"}) == ["tests/training/step3_rlhf/test_watch.py", *ALWAYS]
+    assert touched({"training/formulas/own.py"}) == ["tests/training/formulas/test_own.py", *ALWAYS]
 
 
 def test_what_imports_it_by_a_helper_of_the_tests():
