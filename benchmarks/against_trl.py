@@ -120,8 +120,9 @@ def pieces() -> list[Piece]:
     ]
     found.append(Piece(Work("grpo", "skew"), ("continuous batching",)))
     others = [(MINI_BATCHES, 0.0), (1, KL), (1, 0.0)]
-    lengths = "skew", "tail512", "fixed"
-    for dtype, method, (steps, kl), length in itertools.product(("fp32", "bf16"), ("grpo", "rloo"), others, lengths):
+    for dtype, method, (steps, kl), length in itertools.product(
+        ("fp32", "bf16"), ("grpo", "rloo"), others, work.LENGTHS
+    ):
         in_fp32, in_bf16 = (batching, bf16_batching) if length == "tail512" else (plain, both("bf16 weights"))
         forms = in_fp32 if dtype == "fp32" else in_bf16
         found.append(Piece(Work(method, length, dtype, steps, kl), forms))
