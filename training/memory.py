@@ -35,7 +35,7 @@ NOT_COUNTED = (
 )
 # stage3_max_live_parameters of DeepSpeed: so many weights may be whole at one time under ZeRO stage 3
 MAX_LIVE_PARAMETERS = 10**9
-# SelectedLogprobs holds per logit: the model's own, scaled ones and probabilities in fp32, later gradients in fp32
+# SelectedLogprobs holds per logit: the model's own and their gradient, in fp32 at most; of a part of them as much again
 TRAINING_BYTES_PER_LOGIT = 16
 # the sampler holds per logit: three fp32 arrays, one cumulative sum in double precision, one copy for the mask
 SAMPLING_BYTES_PER_LOGIT = 24

@@ -9,14 +9,15 @@ attention goes through the interface runs here as it is; `can_pack` says which d
 import copy
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.initialization import no_init_weights
 
@@ -69,6 +70,7 @@ class Sequences:
         self.lengths = list(lengths)
         self.cache, self.rows, self.exact = cache, rows, exact
         self._bounds: Tensor | None = None
+        self._groups: dict[float, Groups] = {}
 
     def positions(self, device: torch.device) -> Tensor:
         """Each token's position in its sequence, int64 (1, tokens)."""
@@ -86,12 +88,12 @@ class Sequences:
     ) -> Tensor:
         if self.cache is not None:
             self.cache.write_prompts(layer, key, value, self.rows, self.lengths)
-        if self.exact is not None:
-            return self._attend_exactly(query, key, value, scale, window, self.exact)
-        dtype = query.dtype
-        if dtype == torch.bfloat16 and query.device.type == "cpu":  # faster in fp32 there, as decoding is
-            query, key, value = query.float(), key.float(), value.float()
-        return self._attend(query, key, value, scale, window, dropout).to(dtype)
+        is_bf16_on_cpu = query.dtype == torch.bfloat16 and query.device.type == "cpu"
+        if self.exact is not None or (is_bf16_on_cpu and not dropout):  # plain products are fastest there
+            return self._attend_plainly(query, key, value, scale, window, self.exact or PLAIN)
+        if is_bf16_on_cpu:
+            return self._attend(query.float(), key.float(), value.float(), scale, window, dropout).to(query.dtype)
+        return self._attend(query, key, value, scale, window, dropout)
 
     def bounds(self, device: torch.device) -> Tensor:
         """Where each sequence begins, and the end of the last one, int32 (sequences + 1)."""
@@ -107,32 +109,118 @@ class Sequences:
         if takes_packed(query, value) and not dropout and (kernel := packed_kernel()) and kernel.knows(window):
             return kernel(query, key, value, self.bounds(query.device), max(self.lengths), scale, window)
         key, value = repeat_heads(key, query.shape[0]), repeat_heads(value, query.shape[0])
-        longest = max(self.lengths)
-        if min(self.lengths) == longest:
-            q, k, v = (t.unflatten(1, (-1, longest)).transpose(0, 1) for t in (query, key, value))  # (n, heads, ...)
-            return causal(q, k, v, scale, window, dropout).transpose(1, 2).flatten(0, 1)
-        parts = [t.split(self.lengths, dim=1) for t in (query, key, value)]
-        if query.is_cuda:  # few large kernels: what stands to the right of a sequence's end is not seen by it
-            q, k, v = (torch.stack([pad(t, (0, 0, 0, longest - t.shape[1])) for t in part]) for part in parts)
-            seen = causal(q, k, v, scale, window, dropout).transpose(1, 2)
-            return torch.cat([row[:length] for row, length in zip(seen, self.lengths, strict=True)])
-        alone = (causal(q[None], k[None], v[None], scale, window, dropout)[0] for q, k, v in zip(*parts, strict=True))
+        attend = partial(causal, scale=scale, window=window, dropout=dropout)
+        if query.is_cuda or min(self.lengths) == max(self.lengths):  # few large kernels
+            return self._by_groups((query, key, value), attend, math.inf, math.inf)
+        parts = zip(*(heads.split(self.lengths, dim=1) for heads in (query, key, value)), strict=True)
+        alone = [attend(*(part.unsqueeze(0) for part in of_one)).squeeze(0) for of_one in parts]
         return torch.cat([seen.transpose(0, 1) for seen in alone])
 
-    def _attend_exactly(
+    def _attend_plainly(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None, exact: Exactness
     ) -> Tensor:
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        longest = max(self.lengths)
-        together = min(self.lengths) == longest
-        lengths = [longest * len(self.lengths)] if together else self.lengths
-        seen = []
-        for q, k, v in zip(*(t[:, : sum(lengths)].split(lengths, dim=1) for t in (query, key, value)), strict=True):
-            rows = len(self.lengths) if together else 1
-            q, k, v = (t.unflatten(1, (rows, -1)).transpose(0, 1) for t in (q, k, v))  # (n, heads, length, head)
-            attended = CausalAttention.apply(q.unflatten(1, (k.shape[1], -1)), k, v, scale, window, exact)
-            seen.append(attended.flatten(1, 2).transpose(1, 2).flatten(0, 1))
-        return with_more(torch.cat(seen), 3, query.shape[1] - sum(lengths))
+        tokens = sum(self.lengths)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            shared = query.unflatten(1, (key.shape[1], -1))
+            return CausalAttention.apply(shared, key, value, scale, window, exact).flatten(1, 2)
+
+        seen = self._by_groups([heads[:, :tokens] for heads in (query, key, value)], attend, WASTE, TOGETHER)
+        return with_more(seen, 3, query.shape[1] - tokens)
+
+    def _by_groups(
+        self, heads: Iterable[Tensor], attend: Callable[..., Tensor], waste: float, together: float
+    ) -> Tensor:
+        """(heads, tokens, head) each -> (tokens, heads, head). `attend` takes a group, (sequences, heads, longest,
+        head) each."""
+        if waste not in self._groups:
+            self._groups[waste] = Groups(self.lengths, waste, together)
+        groups = self._groups[waste]
+        of_groups = [groups.fill(tensor.transpose(0, 1)) for tensor in heads]
+        seen = [attend(*tensors).transpose(1, 2).flatten(0, 1) for tensors in zip(*of_groups, strict=True)]
+        return groups.take_back(seen[0] if len(seen) == 1 else torch.cat(seen))
+
+
+PLAIN = Exactness(keys=32)
+"""For attention that need not be exact: in whole vectors softmax is faster."""
+WASTE = 48**2
+"""Pairs of tokens that a call of its own costs as much as, with plain products on a CPU: so many are computed for
+nothing rather than that a sequence gets a call."""
+TOGETHER = 2048
+"""Tokens in one call, at most, on a CPU: more leave its caches."""
+
+
+class Groups:
+    """Sequences of like length, which attention computes together: filled up at the right, where nothing is seen."""
+
+    def __init__(self, lengths: Sequence[int], waste: float, together: float):
+        """A sequence joins longer ones where its pairs of tokens are at most `waste` fewer, and at most `together`
+        tokens come together."""
+        ends = list(itertools.accumulate(lengths))
+        groups: list[list[int]] = []
+        for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+            longest = lengths[groups[-1][0]] if groups else 0
+            is_like = longest**2 - lengths[index] ** 2 <= waste
+            if groups and is_like and longest * (len(groups[-1]) + 1) <= together:
+                groups[-1].append(index)
+            else:
+                groups.append([index])
+        self.shapes = [(len(group), lengths[group[0]]) for group in groups]
+        filled, places = list[Tensor](), torch.empty(sum(lengths), dtype=torch.int64)
+        begin = 0
+        for group, (_, longest) in zip(groups, self.shapes, strict=True):
+            for index in group:
+                own = slice(ends[index] - lengths[index], ends[index])
+                places[own] = torch.arange(begin, begin + lengths[index])
+                filled.append(torch.arange(own.start, own.start + longest).clamp_(max=own.stop - 1))
+                begin += longest
+        self.source, self.places = torch.cat(filled), places
+        """The token in each place, int64 (places), and the place of each token, int64 (tokens)."""
+        self.is_plain = len(places) == begin and bool((places[1:] > places[:-1]).all())
+
+    def fill(self, tokens: Tensor) -> list[Tensor]:
+        """(tokens, heads, head) -> (sequences, heads, longest, head) of each group."""
+        if not self.is_plain:
+            tokens = Filled.apply(tokens, *self._on(tokens.device))
+        parts = tokens.split([count * longest for count, longest in self.shapes])
+        return [part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def take_back(self, places: Tensor) -> Tensor:
+        """(places, ...) -> (tokens, ...)."""
+        return places if self.is_plain else TakenBack.apply(places, *self._on(places.device))
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self.source.device != device:
+            self.source, self.places = (t.to(device, non_blocking=True) for t in (self.source, self.places))
+        return self.source, self.places
+
+
+class Filled(torch.autograd.Function):
+    """Tokens in their places; to what fills up, no gradient comes from attention."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, source: Tensor, places: Tensor) -> Tensor:
+        ctx.places = places
+        return tokens.index_select(0, source)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient.index_select(0, ctx.places), None, None
+
+
+class TakenBack(torch.autograd.Function):
+    """Tokens out of their places."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, source: Tensor, places: Tensor) -> Tensor:
+        ctx.places, ctx.count = places, len(source)
+        return tensor.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        whole = gradient.new_zeros(ctx.count, *gradient.shape[1:])
+        return whole.index_copy_(0, ctx.places, gradient), None, None
 
 
 class NextTokens:

@@ -106,18 +106,22 @@ class CausalAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
-        of_query = torch.empty_like(query)
-        of_key, of_value = (torch.zeros_like(t, dtype=torch.float32) for t in (key, value))
+        of_query, length = torch.empty_like(query), query.shape[-2]
+        sums: list[Tensor] = []
         for part in parts(query, ctx.window, ctx.exact):
             queries, onto = part.of(query), part.of(gradient)
             keys, values = part.seen(key, value)
             weights = attention_weights(queries, keys, part.mask, 1)
             scores = softmax_backward(onto @ values.mT, weights)
             part.put(of_query, scores @ keys)
-            for sums, terms in zip(part.seen(of_key, of_value), (scores.mT @ queries, weights.mT @ onto), strict=True):
-                sums += terms
-        length = query.shape[-2]
-        return of_query * ctx.scale, *(t[..., :length, :].to(query.dtype) for t in (of_key, of_value)), None, None, None
+            terms = [scores.mT @ queries, weights.mT @ onto]
+            if part.keys == key.shape[-2] and not sums:
+                sums = terms
+                break
+            sums = sums or [torch.zeros_like(t, dtype=torch.float32) for t in (key, value)]
+            for so_far, of_part in zip(part.seen(*sums), terms, strict=True):
+                so_far += of_part
+        return of_query * ctx.scale, *(t[..., :length, :].to(query.dtype) for t in sums), None, None, None
 
 
 @dataclass(frozen=True)
@@ -173,8 +177,8 @@ free now: a resumed run must compute as the first one did."""
 class BlockedWeights:
     """The weights of a model's linear layers in blocked order, or nothing where that is unavailable or too large.
 
-    A plain LoRA layer becomes three products, in fp32 the last of which adds itself to the first: with few rows PEFT's
-    own steps take longer than the base layer. In bf16 they round as PEFT's do.
+    A plain LoRA layer becomes three products, the last of which adds itself to the first, as in training
+    (`training.models.adapters`): with few rows PEFT's own steps take longer than the base layer.
     """
 
     def __init__(self, model: nn.Module):
@@ -244,16 +248,7 @@ def adapted_linear(layer: Any) -> Forward:
     """x -> base(x) + scale B A x for a plain LoRA layer as it is now; base(x) while it is disabled."""
     (name,) = (name for name in layer.active_adapters if name in layer.lora_A)
     base, down = blocked_linear(layer.base_layer), blocked_linear(layer.lora_A[name])
-    scaling = layer.scaling[name]
-    if layer.lora_B[name].weight.dtype == torch.bfloat16:
-        back = blocked_linear(layer.lora_B[name])
-
-        def rounded(inputs: Tensor) -> Tensor:
-            outputs = base(inputs)
-            return outputs if layer.disable_adapters else outputs + back(down(inputs)) * scaling
-
-        return rounded
-    up = in_blocked_order(layer.lora_B[name].weight.detach() * scaling, ROWS)
+    up = in_blocked_order(layer.lora_B[name].weight.detach() * layer.scaling[name], ROWS)
     plus_product = linear_and_sum_on_blocked()
 
     def forward(inputs: Tensor) -> Tensor:

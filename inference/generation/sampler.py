@@ -139,8 +139,7 @@ def drawn_from(logits: Tensor, settings: SamplingSettings) -> Tensor:
 def log_sum(logits: Tensor, probabilities: Tensor) -> Tensor:
     """log sum exp of each row, (rows), by way of its softmax. A log-probability is the logit less this, in drawing, in
     scoring and in training: one formula, for all to agree to the bit."""
-    highest, likeliest = logits.max(-1)
-    return highest - probabilities.gather(1, likeliest[:, None])[:, 0].log()
+    return logits.amax(-1) - probabilities.amax(-1).log()
 
 
 def likeliest(logits: Tensor, settings: SamplingSettings, count: int) -> list[list[tuple[int, float]]]:

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
@@ -165,6 +166,8 @@ def add_lora(model: PreTrainedModel, settings: LoRASettings) -> Any:
     """Put adapters into `model` (in place) and freeze the rest; a score head stays trainable. Returns the PeftModel."""
     from peft import LoraConfig, TaskType, get_peft_model
 
+    from training.models.adapters import use_products
+
     require_lora_layers(model, settings)
     scorer = hasattr(model, "score")
     config = LoraConfig(
@@ -176,10 +179,12 @@ def add_lora(model: PreTrainedModel, settings: LoRASettings) -> Any:
         exclude_modules=[name for name, layer in model.named_modules() if is_router(layer)] or None,
     )
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"lora.targets={settings.targets} does not fit this model ({reason}).") from error
+    use_products(model)
+    return adapted
 
 
 def require_lora_layers(model: torch.nn.Module, settings: LoRASettings, key: str = "lora.targets") -> None:
@@ -263,10 +268,6 @@ class Policy(nn.Module):
         logits = call_on_tokens(self.model, batch, batch.predicting, self.exact, received)
         if sends_on(self.model):
             return logits
-        if not torch.is_grad_enabled():
-            scaled = logits.float() if temperature == 1 else logits.float() / temperature
-            logprobs = scaled.gather(1, batch.targets[:, None])[:, 0] - log_sum(scaled, scaled.softmax(-1))
-            return logprobs, torch.full_like(logprobs, torch.nan)
         return SelectedLogprobs.apply(logits, batch.targets, temperature)
 
     def without_adapter(self) -> AbstractContextManager[None]:
@@ -275,32 +276,52 @@ class Policy(nn.Module):
 
 
 class SelectedLogprobs(torch.autograd.Function):
-    """log p of chosen tokens and the entropy, with one array of the logits' size saved for the backward pass."""
+    """log p of chosen tokens and the entropy, some rows of logits at a time: what is made of them stays in the caches,
+    and nothing of their size is saved but themselves."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Map (n, vocabulary), (n) -> (n), (n), float32. No gradient flows through the entropy."""
-        scaled = logits.float() if temperature == 1 else logits.float() / temperature
-        probabilities = scaled.softmax(-1)
-        total = log_sum(scaled, probabilities)
-        logprobs = scaled.gather(1, tokens[:, None])[:, 0] - total
-        expected = probabilities[:, None] @ scaled[:, :, None]  # vecdot makes an array of all products
-        entropy = total - expected.flatten()
-        ctx.save_for_backward(probabilities, tokens)
-        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        """Map (n, vocabulary), (n) -> (n), (n), float32. No gradient flows through the entropy, which is NaN without
+        gradients."""
+        has_gradient = ctx.needs_input_grad[0]
+        parts = []
+        for scaled, own in in_fp32(logits, temperature, tokens[:, None]):
+            probabilities = scaled.softmax(-1)
+            total = log_sum(scaled, probabilities)
+            mean = probabilities.mul_(scaled).sum(-1) if has_gradient else torch.nan
+            parts.append(torch.stack([scaled.gather(1, own)[:, 0] - total, total - mean, total]))
+        logprobs, entropy, totals = torch.cat(parts, dim=1) if parts else logits.new_empty(3, 0, dtype=torch.float32)
+        ctx.save_for_backward(logits, tokens, totals)
+        ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-        """The gradient of log p with respect to a logit is (1 if chosen) - p, over the temperature.
+        """The gradient of log p with respect to a logit is (1 if chosen) - p, over the temperature."""
+        logits, tokens, totals = ctx.saved_tensors
+        rows = torch.stack([totals, gradient / ctx.temperature], dim=1)
+        parts = in_fp32(logits, ctx.temperature, tokens[:, None], rows)
+        of_logits = torch.empty_like(logits)
+        for (scaled, own, numbers), target in zip(parts, of_logits.split(rows_at_once(logits)), strict=False):
+            total, weight = numbers[:, :1], numbers[:, 1:]
+            terms = (scaled - total).exp_().mul_(-weight).scatter_add_(1, own, weight)
+            target.copy_(terms)
+        return of_logits, None, None
 
-        It overwrites the probabilities, so that a second backward pass is an error.
-        """
-        probabilities, tokens = ctx.saved_tensors
-        gradient = (gradient / ctx.temperature)[:, None]
-        logits = probabilities.mul_(-gradient).scatter_add_(1, tokens[:, None], gradient)
-        return logits.to(ctx.dtype), None, None
+
+def rows_at_once(logits: Tensor) -> int:
+    at_once = 2**20 if logits.device.type == "cpu" else 2**26
+    return max(1, at_once // logits.shape[1])
+
+
+def in_fp32(logits: Tensor, temperature: float, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some rows of logits at a time, divided by the temperature, with those of `others`."""
+    count = rows_at_once(logits)
+    for start in range(0, len(logits), count):
+        part = slice(start, start + count)
+        scaled = logits[part].float()
+        yield scaled if temperature == 1 else scaled / temperature, *(rows[part] for rows in others)
 
 
 class Scorer(nn.Module):

@@ -1,11 +1,14 @@
 """Sequences that begin alike: what is computed of them, and that it comes to the same."""
 
 import itertools
+import math
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from inference.generation.attention import Sequences, packed
+from inference.generation.attention import Groups, Sequences, packed
+from inference.generation.cpu import Exactness
 from inference.generation.passes import Prefixes, at
 
 ROWS = [[5, 6, 7, 8], [5, 6, 9], [6, 7], [5, 6, 7, 8, 3]]
@@ -61,3 +64,37 @@ def test_gradients_of_many_repeats_are_added_in_fp32():
     at(tokens, torch.tensor([1] * 300)).sum().backward()
     assert tokens.grad[1].eq(300).all()  # in bf16 the sum would stay at 256
     assert tokens.grad[0].eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[5, 3, 60, 5, 61, 1, 90], [4, 4, 4], [7]])
+def test_groups_of_like_length_see_what_each_sequence_sees_and_no_more(lengths, dtype):
+    torch.manual_seed(0)
+    of_query, *of_others = (torch.randn(heads, sum(lengths), 8).to(dtype).requires_grad_() for heads in (4, 2, 2))
+    weights = torch.randn(sum(lengths), 4, 8)
+    found, alone = [], []
+    for exact, parts, results in ((Exactness(keys=16), [lengths], found), (None, [[n] for n in lengths], alone)):
+        seen, begin = [], 0
+        for part in parts:
+            own = [heads[:, begin : begin + sum(part)].float() for heads in (of_query, *of_others)]
+            own = own if exact is None else [heads.to(dtype) for heads in own]
+            seen.append(Sequences(part, exact=exact).attend(0, *own, None, None).float())
+            begin += sum(part)
+        (torch.cat(seen) * weights).sum().backward()
+        results += [torch.cat(seen), *(heads.grad for heads in (of_query, *of_others))]
+        for heads in (of_query, *of_others):
+            heads.grad = None
+    for ours, expected in zip(found, alone, strict=True):
+        size = float(expected.abs().max())
+        assert float((ours - expected).abs().max()) <= size * (1e-5 if dtype == torch.float32 else 0.03)
+
+
+def test_sequences_of_like_length_come_together():
+    lengths = [5, 3, 60, 5, 61, 1, 90]
+    assert Groups(lengths, 48**2, 2048).shapes == [(1, 90), (2, 61), (4, 5)]
+    assert Groups(lengths, 48**2, 100).shapes == [(1, 90), (1, 61), (1, 60), (4, 5)]
+    assert Groups(lengths, math.inf, math.inf).shapes == [(7, 90)]
+    filled = Groups([2, 3], math.inf, math.inf)
+    assert filled.source.tolist() == [2, 3, 4, 0, 1, 1]
+    assert filled.places.tolist() == [3, 4, 0, 1, 2]
+    assert Groups([3, 3], 0, math.inf).is_plain and not filled.is_plain

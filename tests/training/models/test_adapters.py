@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners import lora
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -22,6 +23,7 @@ from inference.errors import UserError
 from training.checks import require_adapters
 from training.config_files import load_config
 from training.data.batching import TokenBatch
+from training.models.adapters import AdaptedLinear, runs_as_products
 from training.models.loading import save_model
 from training.models.policy import Policy, Scorer, add_lora
 from training.role_settings import LoRASettings
@@ -123,3 +125,34 @@ def test_tied_tables_are_refused_before_anything_trains(tmp_path):
     settings = ["model=any", "sft.optimizer.lora.rank=4", "sft.optimizer.lora.targets=[q_proj, lm_head]"]
     with pytest.raises(UserError, match=r"sft\.optimizer\.lora\.targets=.* names lm_head, whose weights are those of"):
         require_adapters(load_config([], settings), tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_adapters_are_those_of_peft_and_so_are_their_gradients(family, dtype):
+    def policy():
+        trained = Policy(make(TABLES[family][0], tied=False), LoRASettings(rank=4, alpha=6)).to(dtype)
+        torch.manual_seed(1)
+        for name, parameter in trained.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+        return trained
+
+    ours, of_peft = policy(), policy()
+    layers = [module for module in ours.modules() if type(module) is AdaptedLinear]
+    assert len(layers) == (7 if family == "llama" else 6)
+    assert all(runs_as_products(layer, torch.empty(0, dtype=dtype)) for layer in layers)
+    for module in of_peft.modules():
+        if type(module) is AdaptedLinear:
+            module.__class__ = lora.Linear
+    found, expected = (model(BATCH)[0] for model in (ours, of_peft))
+    assert torch.allclose(found, expected, atol=1e-5 if dtype == torch.float32 else 0.1)
+    for logprobs in (found, expected):
+        (logprobs * torch.arange(1.0, len(logprobs) + 1)).sum().backward()
+    for (name, parameter), other in zip(ours.named_parameters(), of_peft.parameters(), strict=True):
+        if parameter.requires_grad:
+            size, error = float(other.grad.norm()), float((parameter.grad - other.grad).norm())
+            assert size > 0, name
+            assert error <= size * (1e-5 if dtype == torch.float32 else 0.2)  # in bf16 the model rounds so much
+    with torch.no_grad(), ours.without_adapter(), of_peft.without_adapter():
+        assert torch.equal(ours(BATCH)[0], of_peft(BATCH)[0])

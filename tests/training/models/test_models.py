@@ -28,6 +28,7 @@ from inference.errors import UserError
 from inference.families import build_tiny_model
 from tests.inference.templates import CHATML, Family, bytes_tokenizer
 from training.data.batching import TokenBatch
+from training.models import policy
 from training.models.loading import (
     fit_vocabulary,
     load_causal_lm,
@@ -124,7 +125,9 @@ def test_policy_equals_the_plain_model_on_rows_of_its_own(family, temperature):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_gradients_of_logprobs_are_those_of_autograd(temperature):
+@pytest.mark.parametrize("at_once", [100, 4])
+def test_gradients_of_logprobs_are_those_of_autograd(temperature, at_once, monkeypatch):
+    monkeypatch.setattr(policy, "rows_at_once", lambda logits: at_once)
     torch.manual_seed(2)
     logits = torch.randn(6, 11, dtype=torch.float32, requires_grad=True)
     chosen, weights = torch.tensor([0, 10, 3, 3, 7, 5]), torch.randn(6)
