@@ -3,8 +3,8 @@
     python -m benchmarks.cpu_linear --width 512 [--adapter 16]
 
 With `--adapter` LoRA layers of that rank instead: PEFT's own forward, whose three linear layers have blocked weights,
-against `adapted_linear`. Twelve sets of weights take turns, as the layers of a model do, so that none stays in the
-cache.
+against three products, the last of which adds itself to the first. Twelve sets of weights take turns, as the layers of
+a model do, so that none stays in the cache.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from inference.generation.cpu import adapted_linear, blocked_linear, blocked_product
+from inference.generation.cpu import blocked_product, forwards_of
 
 Call = Callable[[Tensor], Tensor]
 Maker = Callable[[], Call]
@@ -53,8 +53,8 @@ def peft_and_ours(inputs: int, outputs: int, dtype: torch.dtype, rank: int) -> t
     adapted: list[Any] = list(inject_adapter_in_model(config, layers).to(dtype).eval())
     for layer in adapted:
         for part in (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]):
-            part.forward = blocked_linear(part)
-    return adapted, [partial(adapted_linear, layer) for layer in adapted]
+            (part.forward,) = forwards_of([part])
+    return adapted, [lambda layer=layer: forwards_of([layer])[0] for layer in adapted]
 
 
 def main() -> None:

@@ -9,10 +9,10 @@ Fused attention does not: it sums in blocks that follow the number of queries an
 steps here, product, softmax, product, and whatever a processor's products depend on is made a multiple of something.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -174,27 +174,29 @@ MOST_BYTES = 4 * 2**30
 free now: a resumed run must compute as the first one did."""
 
 
+SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers of a module, by name, that are given the same inputs."""
+
+
 class BlockedWeights:
     """The weights of a model's linear layers in blocked order, or nothing where that is unavailable or too large.
 
     A plain LoRA layer becomes three products, the last of which adds itself to the first, as in training
-    (`training.models.adapters`): with few rows PEFT's own steps take longer than the base layer.
+    (`training.models.adapters`): with few rows PEFT's own steps take longer than the base layer. Layers that share
+    their inputs become one: with few rows a call takes as long as its product.
     """
 
     def __init__(self, model: nn.Module):
         self.forwards: dict[nn.Module, Forward] = {}
         if not can_block(model):
             return
-        parts_of_adapted: set[nn.Module] = set()
+        done: set[nn.Module] = set()
         for module in model.modules():
-            if module in parts_of_adapted:
-                continue
-            if is_plain_lora(module):
-                layer: Any = module
-                self.forwards[layer] = adapted_linear(layer)
-                parts_of_adapted |= {layer.base_layer, *layer.lora_A.modules(), *layer.lora_B.modules()}
-            elif type(module) in (nn.Linear, Conv1D):
-                self.forwards[module] = blocked_linear(module)
+            sharing: list[list[Any]] = [[getattr(module, name, None) for name in names] for names in SHARING]
+            for layers in [*sharing, [module]]:
+                if all(is_linear(layer) and layer not in done for layer in layers):
+                    self.forwards |= zip(layers, forwards_of(layers), strict=True)
+                    done.update(part for layer in layers for part in layer.modules())
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -218,6 +220,11 @@ def can_block(model: nn.Module) -> bool:
     )
 
 
+def is_linear(layer: Any) -> bool:
+    """A linear layer, a Conv1D (whose weight is (inputs, outputs)) or one of them with plain LoRA."""
+    return type(layer) in (nn.Linear, Conv1D) or is_plain_lora(layer)
+
+
 def is_plain_lora(layer: Any) -> bool:
     """A LoRA layer of PEFT over a linear one, with one adapter in the same format and nothing else to it."""
     if not hasattr(layer, "lora_A") or type(getattr(layer, "base_layer", None)) not in (nn.Linear, Conv1D):
@@ -228,10 +235,19 @@ def is_plain_lora(layer: Any) -> bool:
     return layer.lora_A[names[0]].weight.dtype == layer.base_layer.weight.dtype
 
 
-def blocked_linear(layer: Any) -> Forward:
-    """What a linear layer or a Conv1D (whose weight is (inputs, outputs)) computes with its weights as they are now."""
-    weight, bias = layer.weight, layer.bias
-    return blocked_product(weight.t().contiguous() if type(layer) is Conv1D else weight, bias)
+def forwards_of(layers: Sequence[Any]) -> list[Forward]:
+    """What each of some linear layers, which are given the same inputs, computes with its weights as they are now."""
+    bases = [getattr(layer, "base_layer", layer) for layer in layers]
+    weights = [base.weight.t() if type(base) is Conv1D else base.weight for base in bases]
+    bias = bases[0].bias
+    if len(bases) > 1 and any(base.bias is not None for base in bases):
+        zeros = (weight.new_zeros(len(weight)) for weight in weights)
+        biases = [zero if base.bias is None else base.bias for base, zero in zip(bases, zeros, strict=True)]
+        bias = torch.cat(biases).detach()
+    product = blocked_product(torch.cat(weights) if len(weights) > 1 else weights[0].contiguous(), bias)
+    if any(map(is_plain_lora, layers)):
+        product = with_adapters(product, layers, weights)
+    return [product] if len(layers) == 1 else SharedProduct(product, [len(weight) for weight in weights]).forwards
 
 
 def blocked_product(weight: Tensor, bias: Tensor | None) -> Forward:
@@ -244,15 +260,38 @@ def blocked_product(weight: Tensor, bias: Tensor | None) -> Forward:
     return forward
 
 
-def adapted_linear(layer: Any) -> Forward:
-    """x -> base(x) + scale B A x for a plain LoRA layer as it is now; base(x) while it is disabled."""
-    (name,) = (name for name in layer.active_adapters if name in layer.lora_A)
-    base, down = blocked_linear(layer.base_layer), blocked_linear(layer.lora_A[name])
-    up = in_blocked_order(layer.lora_B[name].weight.detach() * layer.scaling[name], ROWS)
+def with_adapters(base: Forward, layers: Sequence[Any], weights: Sequence[Tensor]) -> Forward:
+    """x -> base(x) + scale B A x of the layers with plain LoRA, as they are now; base(x) while they are disabled."""
+    adapted = [layer for layer in layers if is_plain_lora(layer)]
+    downs, ups = [], [weight.new_zeros(len(weight), 0) for weight in weights]
+    for index, layer in enumerate(layers):
+        if layer in adapted:
+            (name,) = (name for name in layer.active_adapters if name in layer.lora_A)
+            downs.append(layer.lora_A[name].weight)
+            ups[index] = layer.lora_B[name].weight.detach() * layer.scaling[name]
+    down, up = blocked_product(torch.cat(downs), None), in_blocked_order(torch.block_diag(*ups), ROWS)
     plus_product = linear_and_sum_on_blocked()
 
     def forward(inputs: Tensor) -> Tensor:
-        outputs = base(inputs)
-        return outputs if layer.disable_adapters else plus_product(down(inputs), outputs, up, None, "add")
+        sums = base(inputs)
+        return sums if adapted[0].disable_adapters else plus_product(down(inputs), sums, up, None, "add")
 
     return forward
+
+
+class SharedProduct:
+    """One product of layers that are given the same inputs one after another: the first call computes for all."""
+
+    def __init__(self, product: Forward, outputs: Sequence[int]):
+        self.product, self.outputs = product, list(outputs)
+        self.forwards: list[Forward] = [partial(self._part, index) for index in range(len(outputs))]
+        self._inputs: Tensor | None = None
+        self._parts: dict[int, Tensor] = {}
+
+    def _part(self, index: int, inputs: Tensor) -> Tensor:
+        if inputs is not self._inputs or index not in self._parts:
+            self._inputs, self._parts = inputs, dict(enumerate(self.product(inputs).split(self.outputs, -1)))
+        part = self._parts.pop(index)
+        if not self._parts:
+            self._inputs = None
+        return part

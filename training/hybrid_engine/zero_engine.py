@@ -131,7 +131,8 @@ class ZeroEngine:
         our_norm = self._gradient_norm()
         with self.ranks.as_world():
             self.engine.step()
-        self.engine.eval()
+        if self.in_training_mode:
+            self.engine.eval()
         self.updates += 1
         norm = self.engine.get_global_grad_norm() if our_norm is None else our_norm
         return {"grad_norm": 0.0 if norm is None else float(norm), "lr": rates[0]}
