@@ -17,15 +17,22 @@ class MicroBatch:
     weight: float = 1.0
 
 
-def plan_micro_batches(lengths: Sequence[int], token_budget: int, ranks: int = 1) -> list[list[MicroBatch]]:
+def plan_micro_batches(
+    lengths: Sequence[int], token_budget: int, ranks: int = 1, beginnings: Sequence[list[int]] | None = None
+) -> list[list[MicroBatch]]:
     """Plan for each rank its micro-batches over rows 0 .. len(lengths) - 1, the same number for every rank.
 
     Rows are dealt longest first, back and forth, so that ranks get like work; a micro-batch takes rows of like length
     while their tokens stay within `token_budget` (one row always fits). Ranks that run short repeat a row with
     weight 0: under ZeRO-3 a rank that skips a forward pass would leave the others waiting for its weights.
+
+    With `beginnings`, token ids, a micro-batch takes rows that begin alike: packed models compute that once.
     """
     order = longest_first(lengths)
-    return with_equal_counts([fill_micro_batches(rows, lengths, token_budget) for rows in deal(order, ranks)], order)
+    shares = deal(order, ranks)
+    if beginnings is not None:
+        shares = [sorted(rows, key=beginnings.__getitem__) for rows in shares]
+    return with_equal_counts([fill_micro_batches(rows, lengths, token_budget) for rows in shares], order)
 
 
 def deal_micro_batches(lengths: Sequence[int], count: int, ranks: int = 1) -> list[list[MicroBatch]]:

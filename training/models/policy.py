@@ -37,6 +37,11 @@ def use_packing(model: PreTrainedModel) -> None:
         set_attention(model.config, PACKED_ATTENTION)
 
 
+def runs_packed(model: PreTrainedModel) -> bool:
+    """Tell whether the model takes rows one behind the other, without padding."""
+    return attention_of(model.config) == PACKED_ATTENTION
+
+
 def call_on_tokens(
     model: PreTrainedModel,
     batch: TokenBatch,
@@ -50,7 +55,7 @@ def call_on_tokens(
     A pipeline stage but the first is given what it has `received` from the one before; one but the last gives what it
     sends on, of `hidden_shape`, and wants the same `logits_at` as the last.
     """
-    if attention_of(model.config) == PACKED_ATTENTION:
+    if runs_packed(model):
         return _call_packed(model, batch, logits_at, exact, received)
     return _call_padded(model, batch, logits_at, received)
 
@@ -59,7 +64,7 @@ def hidden_shape(model: PreTrainedModel, batch: TokenBatch) -> torch.Size:
     """Return the shape of what a stage of `model` sends on: (computed tokens, hidden), or padded (rows, longest,
     hidden)."""
     width = text_config(model.config).hidden_size
-    if attention_of(model.config) != PACKED_ATTENTION:
+    if not runs_packed(model):
         return torch.Size((len(batch.lengths), max(batch.lengths), width))
     apart = batch.predicting if model.can_generate() else None  # as Policy and Scorer call it
     prefixes = _prefixes(model, batch, Sequences(batch.lengths), apart)

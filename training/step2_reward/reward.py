@@ -17,7 +17,7 @@ from training.formulas.losses import preference_losses
 from training.hybrid_engine.deepspeed_setup import loads
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.loading import load_scorer
-from training.models.policy import Scorer, at_last_token
+from training.models.policy import Scorer, at_last_token, runs_packed
 from training.stage import Stage
 from training.steps import SFT
 from training.supervised import Task, fit
@@ -51,7 +51,7 @@ def train(stage: Stage) -> None:
     scorer.shift, scorer.scale = 0.0, 1.0
     engine = ZeroEngine(scorer, settings.optimizer, stage.dtype, total, stage.ranks, settings.dropout > 0)
     evaluated = stage.token_pairs(held_out[: settings.eval_rows], chat_format)
-    task = RewardTask(stage, engine, pairs, evaluated)
+    task = RewardTask(stage, engine, pairs, evaluated, runs_packed(model))
     evaluation = fit(stage, task, settings, total)
 
     scale = task.score_scale() if settings.normalize else {"score_shift": 0.0, "score_scale": 1.0}
@@ -78,8 +78,16 @@ def initial_model(stage: Stage) -> Path:
 class RewardTask(Task):
     name = "Reward model"
 
-    def __init__(self, stage: Stage, engine: ZeroEngine, pairs: list[TokenPair], held_out: list[TokenPair]):
+    def __init__(
+        self,
+        stage: Stage,
+        engine: ZeroEngine,
+        pairs: list[TokenPair],
+        held_out: list[TokenPair],
+        is_packed: bool = False,
+    ):
         self.stage, self.engine, self.pairs, self.held_out = stage, engine, pairs, held_out
+        self.is_packed = is_packed
         self.settings = stage.config.reward
         self.groups = grouped(pairs, self.settings.by_prompt)
         self.lengths = [tokens_of(group) for group in self._pairs(range(len(self.groups)))]
@@ -140,21 +148,28 @@ class RewardTask(Task):
 
     def scores(self, pairs: list[TokenPair]) -> Tensor:
         """Score chosen and rejected answers, float64 (2, pairs). All ranks call it and get the same."""
-        lengths = [pair.tokens for pair in pairs]
         return self._on_all_ranks(
-            lengths, lambda rows: torch.stack(self._scores([[pairs[row]] for row in rows]), dim=1)
+            [pair.tokens for pair in pairs],
+            [pair.prompt.tolist() for pair in pairs],
+            lambda chosen: torch.stack(self._scores([[pairs[row]] for row in chosen]), dim=1),
         ).T
 
     def scores_of_texts(self, rows: list[Row]) -> Tensor:
         """Score single answers, float64 (rows). All ranks call it and get the same."""
-        lengths = [len(prompt) + len(response) for prompt, response in rows]
-        return self._on_all_ranks(lengths, lambda chosen: self._last([rows[row] for row in chosen]))
+        return self._on_all_ranks(
+            [len(prompt) + len(response) for prompt, response in rows],
+            [prompt.tolist() for prompt, _ in rows],
+            lambda chosen: self._last([rows[row] for row in chosen]),
+        )
 
     @torch.no_grad()
-    def _on_all_ranks(self, lengths: list[int], score: Callable[[list[int]], Tensor]) -> Tensor:
+    def _on_all_ranks(
+        self, lengths: list[int], prompts: list[list[int]], score: Callable[[list[int]], Tensor]
+    ) -> Tensor:
         """Return what `score` gives for rows of these lengths, (rows, ...) as float64; each rank takes a share."""
         ranks, score_of = self.stage.ranks, dict[int, Any]()
-        plan = plan_micro_batches(lengths, self.stage.config.reward.micro_batch_tokens, ranks.size)
+        beginnings = prompts if self.is_packed else None
+        plan = plan_micro_batches(lengths, self.stage.config.reward.micro_batch_tokens, ranks.size, beginnings)
         for micro_batch in plan[ranks.rank]:
             scores = score(micro_batch.rows)
             if micro_batch.weight:

@@ -30,6 +30,16 @@ def test_ranks_get_like_work():
     assert abs(work[0] - work[1]) <= 1
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_rows_that_begin_alike_share_a_micro_batch(ranks):
+    beginnings = [[7, 1], [8, 2], [7, 1], [8, 2], [9, 3], [7, 1], [8, 2], [7, 1]]
+    plans = plan_micro_batches([4] * 8, token_budget=8, ranks=ranks, beginnings=beginnings)
+    batches = [batch.rows for plan in plans for batch in plan]
+    assert sorted(row for batch in batches for row in batch) == list(range(8))
+    alike = sum(beginnings[first] == beginnings[second] for first, second in batches)
+    assert alike == 3
+
+
 def test_a_row_longer_than_the_budget_goes_alone():
     (plan,) = plan_micro_batches([100, 3, 3], token_budget=10)
     assert [batch.rows for batch in plan] == [[0], [1, 2]]

@@ -311,7 +311,8 @@ def task(runs, base, one_rank) -> RewardTask:
     chat_format = ChatFormat.load(base)
     scorer = Scorer(load_scorer(base, chat_format, torch.float32)).eval()
     scorer.shift, scorer.scale = 0.0, 1.0
-    return RewardTask(stage, scorer, stage.token_pairs(TRAIN, chat_format), stage.token_pairs(HELD_OUT, chat_format))
+    pairs = [stage.token_pairs(rows, chat_format) for rows in (TRAIN, HELD_OUT)]
+    return RewardTask(stage, scorer, *pairs, is_packed=True)
 
 
 def scale_anew(task: RewardTask) -> dict[str, float]:
