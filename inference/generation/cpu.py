@@ -9,6 +9,7 @@ Fused attention does not: it sums in blocks that follow the number of queries an
 steps here, product, softmax, product, and whatever a processor's products depend on is made a multiple of something.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -166,6 +167,78 @@ def causal_mask(
     return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf).repeat(sharing, 1)
 
 
+class Groups:
+    """Sequences of like length, which attention computes together: filled up at the right, where nothing is seen."""
+
+    def __init__(self, lengths: Sequence[int], waste: float, together: float):
+        """A sequence joins longer ones where its pairs of tokens are at most `waste` fewer, and at most `together`
+        tokens come together."""
+        ends = list(itertools.accumulate(lengths))
+        groups: list[list[int]] = []
+        for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+            longest = lengths[groups[-1][0]] if groups else 0
+            is_like = longest**2 - lengths[index] ** 2 <= waste
+            if groups and is_like and longest * (len(groups[-1]) + 1) <= together:
+                groups[-1].append(index)
+            else:
+                groups.append([index])
+        self.shapes = [(len(group), lengths[group[0]]) for group in groups]
+        filled, places = list[Tensor](), torch.empty(sum(lengths), dtype=torch.int64)
+        begin = 0
+        for group, (_, longest) in zip(groups, self.shapes, strict=True):
+            for index in group:
+                own = slice(ends[index] - lengths[index], ends[index])
+                places[own] = torch.arange(begin, begin + lengths[index])
+                filled.append(torch.arange(own.start, own.start + longest).clamp_(max=own.stop - 1))
+                begin += longest
+        self.source, self.places = torch.cat(filled), places
+        """The token in each place, int64 (places), and the place of each token, int64 (tokens)."""
+        self.is_plain = len(places) == begin and bool((places[1:] > places[:-1]).all())
+
+    def fill(self, tokens: Tensor) -> list[Tensor]:
+        """(tokens, heads, head) -> (sequences, heads, longest, head) of each group."""
+        if not self.is_plain:
+            tokens = Filled.apply(tokens, *self._on(tokens.device))
+        parts = tokens.split([count * longest for count, longest in self.shapes])
+        return [part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def take_back(self, places: Tensor) -> Tensor:
+        """(places, ...) -> (tokens, ...)."""
+        return places if self.is_plain else TakenBack.apply(places, *self._on(places.device))
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self.source.device != device:
+            self.source, self.places = (t.to(device, non_blocking=True) for t in (self.source, self.places))
+        return self.source, self.places
+
+
+class Filled(torch.autograd.Function):
+    """Tokens in their places; to what fills up, no gradient comes from attention."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, source: Tensor, places: Tensor) -> Tensor:
+        ctx.places = places
+        return tokens.index_select(0, source)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient.index_select(0, ctx.places), None, None
+
+
+class TakenBack(torch.autograd.Function):
+    """Tokens out of their places."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, source: Tensor, places: Tensor) -> Tensor:
+        ctx.places, ctx.count = places, len(source)
+        return tensor.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        whole = gradient.new_zeros(ctx.count, *gradient.shape[1:])
+        return whole.index_copy_(0, ctx.places, gradient), None, None
+
+
 ROWS = 32
 """Rows that the order is made for; others run on it too."""
 Forward = Callable[[Tensor], Tensor]
@@ -202,12 +275,12 @@ class BlockedWeights:
     def in_use(self) -> Iterator[None]:
         """Inside, the layers compute with the blocked weights. They know nothing of gradients."""
         for module, forward in self.forwards.items():
-            module.forward = forward
+            vars(module)["forward"] = forward  # a module's own way of setting takes longer, at each step
         try:
             yield
         finally:
             for module in self.forwards:
-                del module.forward
+                del vars(module)["forward"]
 
 
 def can_block(model: nn.Module) -> bool:
@@ -290,8 +363,11 @@ class SharedProduct:
 
     def _part(self, index: int, inputs: Tensor) -> Tensor:
         if inputs is not self._inputs or index not in self._parts:
-            self._inputs, self._parts = inputs, dict(enumerate(self.product(inputs).split(self.outputs, -1)))
+            self._inputs, self._parts = inputs, self._all(inputs)
         part = self._parts.pop(index)
         if not self._parts:
             self._inputs = None
         return part
+
+    def _all(self, inputs: Tensor) -> dict[int, Tensor]:
+        return dict(enumerate(self.product(inputs).split(self.outputs, -1)))

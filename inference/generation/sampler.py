@@ -8,7 +8,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+
+from inference.generation.cpu import with_more
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,22 @@ def sample_tokens(
     after temperature, and after top-k, top-p and the minimum length have removed tokens. Greedy rows report the
     log-probability at temperature 1. Nothing is read back from the device.
     """
+    numbers = uniform(key, sample, position) if settings.temperature else torch.zeros_like(position)
+    some = zip(*(rows.split(rows_at_once(logits)) for rows in (logits, numbers, position)), strict=True)
+    parts = [_sample_some(part, own, at, settings, end_ids) for part, own, at in some]
+    tokens, logprobs = zip(*parts, strict=True)
+    return torch.cat(tokens), torch.cat(logprobs)
+
+
+def rows_at_once(logits: Tensor) -> int:
+    """So many rows of logits, (rows, vocabulary), that what is made of them in fp32 stays in the caches of a CPU."""
+    at_once = 2**19 if logits.device.type == "cpu" else 2**26
+    return max(1, at_once // logits.shape[1])
+
+
+def _sample_some(
+    logits: Tensor, drawn: Tensor, position: Tensor, settings: SamplingSettings, end_ids: Iterable[int]
+) -> tuple[Tensor, Tensor]:
     logits = logits.float()
     if settings.min_tokens:
         too_early = position < settings.min_tokens
@@ -119,10 +136,7 @@ def sample_tokens(
             logits[:, end_id] = logits[:, end_id].masked_fill(too_early, -torch.inf)
     logits = drawn_from(logits, settings)
     probabilities = logits.softmax(-1)
-    if settings.temperature == 0:
-        tokens = logits.argmax(-1)
-    else:
-        tokens = invert_cumulative(probabilities, uniform(key, sample, position))
+    tokens = logits.argmax(-1) if settings.temperature == 0 else invert_cumulative(probabilities, drawn)
     return tokens, logits.gather(1, tokens[:, None])[:, 0] - log_sum(logits, probabilities)
 
 
@@ -161,7 +175,7 @@ def invert_cumulative(probabilities: Tensor, drawn: Tensor) -> Tensor:
     Sums are in double precision, so that the order of the terms does not matter to the draw.
     """
     rows, vocabulary = probabilities.shape
-    blocks = pad(probabilities, (0, -vocabulary % BLOCK)).view(rows, -1, BLOCK)
+    blocks = with_more(probabilities, 1, -vocabulary % BLOCK).view(rows, -1, BLOCK)
     cumulative = blocks.sum(-1, dtype=torch.double).cumsum(-1)  # (rows, blocks)
     threshold = (drawn.to(cumulative) * cumulative[:, -1])[:, None]
     block = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=cumulative.shape[1] - 1)  # (rows, 1)

@@ -87,14 +87,14 @@ class Api:
     async def health(self, request: Request) -> Response:
         """503 while shutting down, so that a balancer looks elsewhere."""
         models = {
-            name: {"running": desk.lane.running, "waiting": desk.lane.waiting, "slots": desk.lane.slots}
-            for name, desk in self.service.desks.items()
+            name: {"running": served.batch.running, "waiting": served.batch.waiting, "slots": served.batch.slots}
+            for name, served in self.service.served.items()
         }
         status, code = ("shutting down", 503) if self.service.is_closing else ("ok", 200)
         return JSONResponse({"status": status, "models": models}, code)
 
     async def models(self, request: Request) -> Response:
-        data = [self._describe(name) for name in self.service.desks]
+        data = [self._describe(name) for name in self.service.served]
         return JSONResponse({"object": "list", "data": data})
 
     async def model(self, request: Request) -> Response:
@@ -102,13 +102,13 @@ class Api:
 
     def _describe(self, name: str) -> dict[str, object]:
         """`context_length` and `max_tokens`, an answer's most, are ours; the rest is OpenAI's."""
-        desk = self.service.desk(name)
+        served = self.service.find(name)
         return {
             "id": name,
             "object": "model",
-            "created": desk.created,
+            "created": served.created,
             "owned_by": "rlhf-chat",
-            "context_length": desk.lane.context,
+            "context_length": served.batch.context,
             "max_tokens": self.service.limits.max_tokens,
         }
 

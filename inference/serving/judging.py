@@ -44,7 +44,7 @@ class Judging:
 
     def __init__(self, service: Service, collecting: Collecting):
         self.service, self.collecting = service, collecting
-        room = min(service.desk(model.name).lane.context for model in collecting.models)
+        room = min(service.find(model.name).batch.context for model in collecting.models)
         self.max_tokens = longest_answer(min(collecting.max_tokens, service.limits.max_tokens), room)
         self._prompts = cycle(collecting.prompts)
         self._pairs: dict[str, BlindPair] = {}

@@ -133,7 +133,7 @@ class Server(uvicorn.Server):
         connections: int | None = None,
     ):
         """`ready` is called when requests are taken; `grace` is in seconds; `connections` is the most at a time."""
-        most = connections or most_connections(service.limits.capacity * len(service.desks))
+        most = connections or most_connections(service.limits.capacity * len(service.served))
         super().__init__(
             uvicorn.Config(
                 app,

@@ -31,7 +31,7 @@ Events = list[tuple[Completion, Delta | Failure]]
 GREEDY = SamplingSettings(max_tokens=0, temperature=0.0)
 
 
-class Lane:
+class ContinuousBatch:
     """Draws `slots` answers of a model at the same time, each with room for `context` tokens with its prompt."""
 
     def __init__(self, model: ChatModel, slots: int, context: int):
@@ -102,8 +102,8 @@ class Lane:
 class Worker:
     """`tell` is called in the worker's thread, after each step and each order."""
 
-    def __init__(self, lanes: Sequence[Lane], tell: Callable[[Events], None]):
-        self._lanes, self._tell = lanes, tell
+    def __init__(self, batches: Sequence[ContinuousBatch], tell: Callable[[Events], None]):
+        self._batches, self._tell = batches, tell
         self._orders: SimpleQueue[Callable[[], Events]] = SimpleQueue()
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
@@ -117,29 +117,29 @@ class Worker:
         if self._thread.is_alive():
             self._thread.join()
 
-    def submit(self, lane: Lane, completion: Completion) -> None:
-        self._orders.put(lambda: lane.admit(completion))
+    def submit(self, batch: ContinuousBatch, completion: Completion) -> None:
+        self._orders.put(lambda: batch.admit(completion))
 
-    def drop(self, lane: Lane, wanted: Callable[[Completion], bool], failure: Failure) -> None:
-        """Let the completions that are `wanted` fail before the lane's next step."""
-        self._orders.put(lambda: lane.drop(wanted, failure))
+    def drop(self, batch: ContinuousBatch, wanted: Callable[[Completion], bool], failure: Failure) -> None:
+        """Let the completions that are `wanted` fail before the batch's next step."""
+        self._orders.put(lambda: batch.drop(wanted, failure))
 
     def _run(self) -> None:
         while not self._is_stopping:
             try:
                 for order in self._next_orders():
                     self._tell(order())
-                for lane in self._lanes:
-                    if not lane.is_idle:
-                        self._tell(lane.step())
+                for batch in self._batches:
+                    if not batch.is_idle:
+                        self._tell(batch.step())
             except Exception:  # out of memory, or an error in a model's own code: the server goes on
                 logger.exception("drawing failed; all answers that are on their way are given up")
-                for lane in self._lanes:
-                    self._tell(lane.drop_all(Failure(500, "Drawing this answer failed; the server's log says why.")))
+                for batch in self._batches:
+                    self._tell(batch.drop_all(Failure(500, "Drawing this answer failed; the server's log says why.")))
 
     def _next_orders(self) -> Iterator[Callable[[], Events]]:
         """The orders that have come; without anything else to do the thread waits for one."""
-        if all(lane.is_idle for lane in self._lanes):
+        if all(batch.is_idle for batch in self._batches):
             yield self._orders.get()
         while True:
             try:
@@ -175,12 +175,12 @@ class Limits:
         return self.slots + self.queue
 
 
-class Desk:
+class ServedModel:
     """What the event loop knows of one model."""
 
     def __init__(self, model: ChatModel, limits: Limits):
         context = min(limits.context, model.context_length or limits.context)
-        self.lane = Lane(model, limits.slots, context)
+        self.batch = ContinuousBatch(model, limits.slots, context)
         self.format: ChatFormat = deepcopy(model.format)  # a tokenizer must not be used in two threads
         self.logprobs = Logprobs(model.format.tokenizer)  # for the worker's thread
         self.taken = 0
@@ -195,14 +195,14 @@ class Desk:
         return min(LONGEST_WAIT, max(1, math.ceil(mean / limits.capacity)))
 
 
-def tokenize(desk: Desk, request: ChatRequest, wanted: int | None) -> tuple[Prompt, list[int]]:
+def tokenize(served: ServedModel, request: ChatRequest, wanted: int | None) -> tuple[Prompt, list[int]]:
     """The prompt, and the tokens of the answer's beginning that the messages end with.
 
     Raises UserError where the chat template refuses the messages.
     """
-    begun = desk.format.begun_ids(request.beginning)
-    limit = desk.lane.context - (wanted or 0) - len(begun) if request.truncates else 0
-    return desk.format.prompt(request.conversation, limit), begun
+    begun = served.format.begun_ids(request.beginning)
+    limit = served.batch.context - (wanted or 0) - len(begun) if request.truncates else 0
+    return served.format.prompt(request.conversation, limit), begun
 
 
 class Service:
@@ -210,15 +210,16 @@ class Service:
 
     def __init__(self, models: Mapping[str, ChatModel], limits: Limits):
         self.limits = limits
-        self.desks = {name: Desk(model, limits) for name, model in models.items()}
+        self.served = {name: ServedModel(model, limits) for name, model in models.items()}
         self.is_closing = False
-        self._started: dict[Completion, tuple[Desk, float]] = {}  # those that are drawn or wait, and when they came
-        self._worker = Worker([desk.lane for desk in self.desks.values()], self._pass_to_loop)
+        self._started: dict[Completion, tuple[ServedModel, float]] = {}
+        """Those that are drawn or wait, and when they came."""
+        self._worker = Worker([served.batch for served in self.served.values()], self._pass_to_loop)
         self._tokenizing = ThreadPoolExecutor(1, "tokenizing")
 
     def warm_up(self) -> int:
         """Make all memory of generation; returns the bytes of keys and values."""
-        return sum(desk.lane.warm_up() for desk in self.desks.values())
+        return sum(served.batch.warm_up() for served in self.served.values())
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -239,18 +240,18 @@ class Service:
                     await asyncio.sleep(0.02)
         self._drop_everywhere(waiting_only=False)
 
-    def desk(self, name: str) -> Desk:
-        if name not in self.desks:
-            there = " and ".join(self.desks)
+    def find(self, name: str) -> ServedModel:
+        if name not in self.served:
+            there = " and ".join(self.served)
             raise ApiError(404, f"There is no model '{name[:80]}' here; there is {there}.", "model", "model_not_found")
-        return self.desks[name]
+        return self.served[name]
 
     async def begin(self, request: ChatRequest) -> Completion:
         """Start to answer a request; the completion's `events` come in. Must be followed by `end`.
 
         Raises ApiError where it is not possible, or not now.
         """
-        desk = self.desk(request.model)
+        served = self.find(request.model)
         if request.n > self.limits.slots:
             raise ApiError(400, f"n can be at most {self.limits.slots} here, not {request.n}.", "n", "invalid_value")
         if (request.wanted_tokens or 0) > self.limits.max_tokens:
@@ -259,43 +260,43 @@ class Service:
             raise ApiError(400, message, name, "invalid_value")
         if self.is_closing:
             raise ApiError(503, CLOSING)
-        if desk.taken + request.n > self.limits.capacity:
-            wait = desk.retry_after(self.limits)
-            message = f"The server is busy: {desk.taken} answers are on their way; try again in {wait} s."
+        if served.taken + request.n > self.limits.capacity:
+            wait = served.retry_after(self.limits)
+            message = f"The server is busy: {served.taken} answers are on their way; try again in {wait} s."
             raise ApiError(429, message, code="busy", headers={"retry-after": str(wait)})
-        desk.taken += request.n
+        served.taken += request.n
         try:
-            completion = await self._completion(desk, request)
+            completion = await self._completion(served, request)
             if self.is_closing:
                 raise ApiError(503, CLOSING)
         except BaseException:
-            desk.taken -= request.n
+            served.taken -= request.n
             raise
-        self._started[completion] = desk, time.monotonic()
-        self._worker.submit(desk.lane, completion)
+        self._started[completion] = served, time.monotonic()
+        self._worker.submit(served.batch, completion)
         return completion
 
     def end(self, completion: Completion) -> None:
         """Nobody waits for the completion any more: if it is not over it gives up its slots."""
         if completion in self._started:
-            desk = self._leave(completion)
-            self._worker.drop(desk.lane, lambda other: other is completion, Failure(499, "The client is gone."))
+            served = self._leave(completion)
+            self._worker.drop(served.batch, lambda other: other is completion, Failure(499, "The client is gone."))
 
-    async def _completion(self, desk: Desk, request: ChatRequest) -> Completion:
+    async def _completion(self, served: ServedModel, request: ChatRequest) -> Completion:
         wanted = request.wanted_tokens
         if request.truncates:
-            wanted = longest_answer(wanted or self.limits.max_tokens, desk.lane.context)
+            wanted = longest_answer(wanted or self.limits.max_tokens, served.batch.context)
         try:
-            prompt, begun = await self._loop.run_in_executor(self._tokenizing, tokenize, desk, request, wanted)
+            prompt, begun = await self._loop.run_in_executor(self._tokenizing, tokenize, served, request, wanted)
         except UserError as error:  # the chat template refuses the conversation
             raise ApiError(400, str(error), "messages", "invalid_value") from None
         length = len(prompt.ids) + len(begun)
-        room = desk.lane.context - length
+        room = served.batch.context - length
         if room < (wanted or 1):
             answer = f" and the answer up to {wanted}" if wanted else ""
             message = (
                 f"The messages have {length} tokens{answer}, but prompt and answer together have room for "
-                f"{desk.lane.context}; shorten the conversation{' or ask for fewer tokens' if wanted else ''}."
+                f"{served.batch.context}; shorten the conversation{' or ask for fewer tokens' if wanted else ''}."
             )
             raise ApiError(400, message, "messages", "context_length_exceeded")
         key = SamplingKey(secrets.randbits(62) if request.seed is None else request.seed)
@@ -310,13 +311,13 @@ class Service:
             )
             for index in range(request.n)
         ]
-        decode, logprobs = desk.lane.model.format.decode, desk.logprobs if request.logprobs else None
+        decode, logprobs = served.batch.model.format.decode, served.logprobs if request.logprobs else None
         return Completion(samples, decode, request.stop, request.stream, begun, logprobs, prompt.note)
 
     def _drop_everywhere(self, waiting_only: bool) -> None:
-        for desk in self.desks.values():
+        for served in self.served.values():
             self._worker.drop(
-                desk.lane,
+                served.batch,
                 lambda completion: not (waiting_only and completion.response_tokens),
                 Failure(503, CLOSING),
             )
@@ -332,14 +333,14 @@ class Service:
             completion.events.put_nowait(event)
             if completion in self._started and (isinstance(event, Failure) or completion.is_over):
                 started = self._started[completion][1]
-                desk = self._leave(completion)
+                served = self._leave(completion)
                 if completion.is_over:
-                    desk.seconds.append(time.monotonic() - started)
+                    served.seconds.append(time.monotonic() - started)
 
-    def _leave(self, completion: Completion) -> Desk:
-        desk, _ = self._started.pop(completion)
-        desk.taken -= len(completion.choices)
-        return desk
+    def _leave(self, completion: Completion) -> ServedModel:
+        served, _ = self._started.pop(completion)
+        served.taken -= len(completion.choices)
+        return served
 
 
 def find_served_models(target: Path) -> dict[str, Path]:

@@ -25,7 +25,7 @@ from inference.errors import UserError
 from inference.generation.sampler import OwnSample, Sample, SamplingKey, SamplingSettings
 from inference.model_store import check_model_directory
 from inference.serving.answers import Completion
-from inference.serving.service import Lane
+from inference.serving.service import ContinuousBatch
 from inference.streams import EXIT_READER_GONE, guard_output, printable
 from tests.inference.templates import CHATML, Family, bytes_tokenizer
 
@@ -181,13 +181,13 @@ def test_every_end_token_of_generation_config_ends_an_answer(damaged):
     assert ended.ended and ended.response_ids == whole.response_ids[: whole.response_ids.index(end) + 1]
     text = model.format.decode(ended.response_ids[:-1])
     assert "".join(model.reply(question, greedy, 0, 0)) == text
-    lane = Lane(model, 1, 200)
-    lane.warm_up()
+    batch = ContinuousBatch(model, 1, 200)
+    batch.warm_up()
     sample = OwnSample(0, torch.tensor(prompt), 20, settings=greedy, key=SamplingKey(0))
-    lane.admit(Completion([sample], model.format.decode))
+    batch.admit(Completion([sample], model.format.decode))
     events = []
-    while not lane.is_idle:
-        events += lane.step()
+    while not batch.is_idle:
+        events += batch.step()
     assert [(delta.text, delta.finish) for _, delta in events] == [(text, "stop")]
 
 
@@ -200,13 +200,13 @@ def test_a_pad_token_that_the_model_has_no_row_for_is_not_fed_to_it():
     assert form.pad_id == 258
     prompts = [torch.tensor(form.prompt_ids(user(text))) for text in ("a", "hello there")]
     samples = list(model.engine.generate(prompts, SamplingSettings(3), SamplingKey(0)))
-    lane = Lane(model, 2, 100)
-    lane.warm_up()
+    batch = ContinuousBatch(model, 2, 100)
+    batch.warm_up()
     own = [OwnSample(0, prompt, 3, settings=SamplingSettings(3), key=SamplingKey(0)) for prompt in prompts]
     for sample in own:
-        lane.admit(Completion([sample], form.decode))
-    while not lane.is_idle:
-        lane.step()
+        batch.admit(Completion([sample], form.decode))
+    while not batch.is_idle:
+        batch.step()
     assert len(samples) == len(own) and all(sample.is_over for sample in own)
 
 

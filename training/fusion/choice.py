@@ -34,7 +34,7 @@ NOMINAL_TICK = 4.0
 
 
 @dataclass(frozen=True)
-class Setting:
+class FusionSetup:
     """Holds what does not change during a run."""
 
     mode: Mode
@@ -89,7 +89,7 @@ class FusionChooser:
     The first rank chooses and learns, and tells the others: `decided`, `take`. Lengths are known to all.
     """
 
-    setting: Setting
+    setting: FusionSetup
     lengths: LengthStatistics
     costs: Costs | None = None
     current: FusionChoice | None = None

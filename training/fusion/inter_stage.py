@@ -8,7 +8,7 @@ from torch import Tensor
 
 from inference.generation.engine import Decoding
 from training.fusion.board import BackgroundScoring, Begin, Board, RankPosition, SampleLengths, Timeline
-from training.fusion.choice import NOMINAL, FusionChoice, FusionChooser, Setting
+from training.fusion.choice import NOMINAL, FusionChoice, FusionChooser, FusionSetup
 from training.fusion.costs import LengthStatistics, deal, measure_bandwidth
 from training.fusion.fused_rollout import FusedRollout, Report
 from training.plan import Assignment
@@ -31,7 +31,7 @@ class Fusion:
         self.move = settings.fusion.move
         samples = settings.prompts_per_iteration * settings.samples_per_prompt
         self.chooser = FusionChooser(
-            Setting(
+            FusionSetup(
                 mode=settings.fusion.mode if can_fuse else "none",
                 instances=layout.data,
                 tensor=layout.tensor,

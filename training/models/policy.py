@@ -17,7 +17,7 @@ from inference.families import backbone_of, is_router, takes_adapter, text_confi
 from inference.generation.attention import PACKED_ATTENTION, Sequences, can_pack
 from inference.generation.cpu import Exactness, filled
 from inference.generation.passes import Prefixes, at
-from inference.generation.sampler import log_sum
+from inference.generation.sampler import log_sum, rows_at_once
 from inference.private_surfaces import attention_of, set_attention
 from training.data.batching import TokenBatch
 from training.hybrid_engine.layout import StageCut
@@ -313,11 +313,6 @@ class SelectedLogprobs(torch.autograd.Function):
             terms = (scaled - total).exp_().mul_(-weight).scatter_add_(1, own, weight)
             target.copy_(terms)
         return of_logits, None, None
-
-
-def rows_at_once(logits: Tensor) -> int:
-    at_once = 2**20 if logits.device.type == "cpu" else 2**26
-    return max(1, at_once // logits.shape[1])
 
 
 def in_fp32(logits: Tensor, temperature: float, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:

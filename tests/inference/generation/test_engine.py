@@ -3,6 +3,7 @@
 import copy
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import peft
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from inference.errors import UserError
 from inference.generation import cpu
 from inference.generation.attention import can_pack
-from inference.generation.cpu import BlockedWeights, is_plain_lora
+from inference.generation.cpu import BlockedWeights, SharedProduct, is_plain_lora
 from inference.generation.engine import GenerationEngine
 from inference.generation.passes import right_pad
 from inference.generation.sampler import Sample, SamplingKey, SamplingSettings
@@ -489,6 +490,29 @@ def test_blocked_adapters_compute_what_those_of_peft_do(family, dtype):
     assert float((plain - plain_without).abs().max()) > 5 * tolerance  # the adapter is not nothing
     assert torch.allclose(ours, plain, atol=tolerance)
     assert torch.allclose(without, plain_without, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", BLOCKED_DTYPES)
+def test_layers_that_share_their_inputs_are_one_product(dtype):
+    torch.manual_seed(0)
+    widths = {"q_proj": 32, "k_proj": 16, "v_proj": 24}
+    layers = nn.ModuleDict({name: nn.Linear(48, width, bias=name == "q_proj") for name, width in widths.items()})
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = peft.inject_adapter_in_model(config, layers.to(dtype)).eval().to(dtype)
+    inputs, others = torch.randn(2, 1, 7, 48).to(dtype)
+    with torch.inference_mode():
+        plain, of_others = ({name: layer(x) for name, layer in adapted.items()} for x in (inputs, others))
+        blocked = BlockedWeights(adapted)
+        count = patch.object(SharedProduct, "_all", autospec=True, side_effect=SharedProduct._all)
+        with blocked.in_use(), count as computed:
+            together = {name: layer(inputs) for name, layer in adapted.items()}
+            assert computed.call_count == 1
+            again = {"k_proj": adapted["k_proj"](inputs), "v_proj": adapted["v_proj"](others)}
+            assert computed.call_count == 3
+    assert len(blocked.forwards) == 3
+    for ours, expected in ((together, plain), (again, {"k_proj": plain["k_proj"], "v_proj": of_others["v_proj"]})):
+        for name, values in expected.items():
+            assert torch.allclose(ours[name], values, atol=1e-5 if dtype == torch.float32 else 0.05), name
 
 
 def test_an_adapter_that_is_more_than_b_a_keeps_its_own_steps():

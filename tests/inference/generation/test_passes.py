@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from inference.generation.attention import Groups, Sequences, packed
-from inference.generation.cpu import Exactness
+from inference.generation.attention import Sequences, packed
+from inference.generation.cpu import Exactness, Groups
 from inference.generation.passes import Prefixes, at
 
 ROWS = [[5, 6, 7, 8], [5, 6, 9], [6, 7], [5, 6, 7, 8, 3]]

@@ -111,6 +111,19 @@ def test_greedy_takes_the_likeliest_at_temperature_one():
     assert logprobs.tolist() == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_some_rows_at_a_time_draw_what_all_do(monkeypatch, temperature):
+    logits, index = torch.randn(7, 300, generator=torch.Generator().manual_seed(1)), torch.arange(7)
+    settings = SamplingSettings(9, temperature=temperature, top_p=0.9, min_tokens=4)
+
+    def draw():
+        return sample_tokens(logits, settings, SamplingKey(3), index, index, end_ids=[2, 5])
+
+    whole = draw()
+    monkeypatch.setattr(sampler, "rows_at_once", lambda logits: 3)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(draw(), whole, strict=True))
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_end_tokens_are_forbidden_before_the_minimum(temperature):
     logits = torch.tensor([[50.0, 0.0, 0.0, 40.0]]).expand(4, -1).clone()

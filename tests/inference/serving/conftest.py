@@ -19,7 +19,7 @@ from inference.preferences import PreferenceFile
 from inference.serving.app import create_app
 from inference.serving.judging import Collecting, ServedModel
 from inference.serving.server import Server, bind
-from inference.serving.service import Events, Lane, Limits, Service
+from inference.serving.service import ContinuousBatch, Events, Limits, Service
 
 LIMITS = Limits(slots=4, queue=120, context=300, max_tokens=200)
 MESSAGES: list[Any] = [{"role": "user", "content": "How are you today?"}]
@@ -92,26 +92,26 @@ def seeds(monkeypatch) -> None:
 @pytest.fixture
 def go(monkeypatch) -> threading.Event:
     """Until it is set, a model with all slots taken draws nothing."""
-    return hold(monkeypatch, lambda lane: lane.running == lane.slots)
+    return hold(monkeypatch, lambda batch: batch.running == batch.slots)
 
 
 @pytest.fixture
 def endless(monkeypatch) -> None:
     """A model draws nothing while an answer of 30 tokens is there, so that none comes to its end by itself."""
-    hold(monkeypatch, lambda lane: any(len(sample.response_ids) >= 30 for sample in lane.decoding.unfinished))
+    hold(monkeypatch, lambda batch: any(len(sample.response_ids) >= 30 for sample in batch.decoding.unfinished))
 
 
-def hold(monkeypatch, when: Callable[[Lane], bool]) -> threading.Event:
+def hold(monkeypatch, when: Callable[[ContinuousBatch], bool]) -> threading.Event:
     """A model draws nothing `when` it is so, until the event is set."""
-    step, go = Lane.step, threading.Event()
+    step, go = ContinuousBatch.step, threading.Event()
 
-    def held_step(lane: Lane) -> Events:
-        if go.is_set() or not when(lane):
-            return step(lane)
+    def held_step(batch: ContinuousBatch) -> Events:
+        if go.is_set() or not when(batch):
+            return step(batch)
         go.wait(0.01)
         return []
 
-    monkeypatch.setattr(Lane, "step", held_step)
+    monkeypatch.setattr(ContinuousBatch, "step", held_step)
     return go
 
 

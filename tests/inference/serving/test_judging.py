@@ -140,19 +140,19 @@ def test_a_busy_server_says_so_and_frees_the_other_answer(model, tmp_path, monke
     setup = collecting(tmp_path / "file")
     with serving(both(model), collecting=setup) as running:
         here = Judged(running)
-        running.service.desks["rlhf"].taken = LIMITS.capacity
+        running.service.served["rlhf"].taken = LIMITS.capacity
         assert here.pair(status=429)["code"] == "busy"
-        running.service.desks["rlhf"].taken = 0
-        assert here.pair() and running.service.desks["sft"].taken == 0
+        running.service.served["rlhf"].taken = 0
+        assert here.pair() and running.service.served["sft"].taken == 0
 
 
 def test_a_client_that_leaves_frees_both_slots(judged, monkeypatch):
-    go = hold(monkeypatch, lambda lane: True)
+    go = hold(monkeypatch, lambda batch: True)
     with pytest.raises(httpx.ReadTimeout):
         judged.ask("POST", "pairs", json={"messages": MESSAGES}, timeout=httpx.Timeout(60, read=1))
-    desks = judged.served.service.desks.values()
+    models = judged.served.service.served.values()
     deadline = time.monotonic() + 60
-    while any(desk.taken for desk in desks):
+    while any(model.taken for model in models):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     go.set()

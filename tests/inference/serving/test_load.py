@@ -56,7 +56,7 @@ def test_a_hundred_clients_lose_nothing_and_get_what_they_get_alone(served, mode
     expected = [alone(model, number, prompt_of(number), **settings_of(number)) for number in range(100)]
     assert answers == expected
     assert len(set(answers)) > 60  # every third is greedy: of the number in the prompt this model knows little
-    assert all(desk.taken == 0 for desk in served.service.desks.values())
+    assert all(model.taken == 0 for model in served.service.served.values())
 
 
 def test_the_same_seed_gives_the_same_beside_eight_others(served, model):
@@ -77,15 +77,15 @@ def test_the_same_seed_gives_the_same_beside_eight_others(served, model):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_slot(served, endless, stream):
-    desk = served.service.desks["sft"]
-    stats = desk.lane.decoding.stats
+    model = served.service.served["sft"]
+    stats = model.batch.decoding.stats
     before = stats.samples, stats.response_tokens
     with closing(HTTPConnection(served.url.removeprefix("http://"))) as client:
         body, headers = json.dumps({**LONG, "stream": stream}), {"Content-Type": "application/json"}
         client.request("POST", "/v1/chat/completions", body, headers)
         wait_for(lambda: served.health()["running"] == 1)
-    wait_for(lambda: served.health()["running"] == desk.taken == 0)
-    assert desk.lane.is_idle and stats.samples == before[0] + 1
+    wait_for(lambda: served.health()["running"] == model.taken == 0)
+    assert model.batch.is_idle and stats.samples == before[0] + 1
     assert 0 < stats.response_tokens - before[1] < 200
 
 
@@ -124,7 +124,7 @@ def test_a_step_that_fails_ends_its_answers_and_not_the_server(served, monkeypat
         lines = served.post({**LONG, "stream": True}).text.strip().splitlines()
         assert '"error"' in lines[-1] and "[DONE]" not in lines[-1]
     assert served.post(LONG).status_code == 200
-    assert served.service.desks["sft"].taken == 0
+    assert served.service.served["sft"].taken == 0
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ import pytest
 from inference.generation.engine import StepWork
 from training.fusion import choice as module
 from training.fusion.board import FusionPolicy, SampleLengths
-from training.fusion.choice import FusionChoice, FusionChooser, Setting
+from training.fusion.choice import FusionChoice, FusionChooser, FusionSetup
 from training.fusion.costs import Costs, LengthStatistics, Measured
 from training.fusion.simulator import SimulatedRollout
 
-SETTING = Setting(
+SETTING = FusionSetup(
     mode="auto", instances=4, tensor=1, slots=8, samples=32, micro_batch_tokens=512, unit_tokens=64
 )  # fmt: skip
 STEP = 1e-3

@@ -6,10 +6,10 @@ import pytest
 
 from inference.generation.engine import StepWork
 from training.fusion.board import SampleLengths
-from training.fusion.choice import FusionChooser, Setting
+from training.fusion.choice import FusionChooser, FusionSetup
 from training.fusion.costs import LengthStatistics, Measured
 
-SETTING = Setting("auto", 1, 1, slots=4, samples=4, micro_batch_tokens=4096, unit_tokens=128, overlaps=True)
+SETTING = FusionSetup("auto", 1, 1, slots=4, samples=4, micro_batch_tokens=4096, unit_tokens=128, overlaps=True)
 SAMPLES = [[SampleLengths(index, prompt=10, response=20) for index in range(4)]]
 # 0.1 s a prefill, 0.01 s a decode step, 0.2 s to score 120 tokens: 0.49 s in all
 MEASURED = [
