@@ -26,7 +26,7 @@ from itertools import cycle
 from pathlib import Path
 
 from training.fusion.board import FusionPolicy, SampleLengths
-from training.fusion.choice import FusionChooser, Setting
+from training.fusion.choice import FusionChooser, FusionSetup
 from training.fusion.costs import Costs, LengthStatistics
 from training.fusion.simulator import SimulatedRollout, SimulatorConfig, fused, serial
 
@@ -159,7 +159,7 @@ class Simulation:
     @cached_property
     def chosen(self) -> FusionPolicy:
         """What the running system would take when it is asked to fuse."""
-        setting = Setting("inter", INSTANCES, 1, SLOTS, SAMPLES, MICRO_BATCH_TOKENS, UNIT_TOKENS)
+        setting = FusionSetup("inter", INSTANCES, 1, SLOTS, SAMPLES, MICRO_BATCH_TOKENS, UNIT_TOKENS)
         policy = FusionChooser(setting, self.lengths, self.config.costs, prompts=[PROMPT_TOKENS]).choose(0).policy
         assert policy is not None
         return policy

@@ -9,8 +9,8 @@ the limit that we reach, against TRL how many times faster we are.
 
 In fp32 ours trains plain fp32 weights. In bf16 ours runs with fp32 master weights (the default of every run) and
 without them; the floor runs twice too, with attention in bf16 and in fp32. The floor keeps the log-probabilities of
-generation as PPO's old ones, which ours computes anew in bf16; so against the floor ours runs a third time, keeping
-them too.
+generation as PPO's old ones, which ours computes anew in bf16 where training does not equal generation; so against the
+floor ours runs a third time, told to keep them too.
 """
 
 import argparse

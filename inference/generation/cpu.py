@@ -256,7 +256,7 @@ class BlockedWeights:
 
     A plain LoRA layer becomes three products, the last of which adds itself to the first, as in training
     (`training.models.adapters`): with few rows PEFT's own steps take longer than the base layer. Layers that share
-    their inputs become one: with few rows a call takes as long as its product.
+    their inputs become one: with few rows calling a product takes as long as computing it.
     """
 
     def __init__(self, model: nn.Module):
@@ -267,7 +267,7 @@ class BlockedWeights:
         for module in model.modules():
             sharing: list[list[Any]] = [[getattr(module, name, None) for name in names] for names in SHARING]
             for layers in [*sharing, [module]]:
-                if all(is_linear(layer) and layer not in done for layer in layers):
+                if all(is_linear(layer) and layer not in done for layer in layers) and have_like_inputs(layers):
                     self.forwards |= zip(layers, forwards_of(layers), strict=True)
                     done.update(part for layer in layers for part in layer.modules())
 
@@ -308,10 +308,21 @@ def is_plain_lora(layer: Any) -> bool:
     return layer.lora_A[names[0]].weight.dtype == layer.base_layer.weight.dtype
 
 
+def weight_of(layer: Any) -> Tensor:
+    """(outputs, inputs), without adapters."""
+    base = getattr(layer, "base_layer", layer)
+    return base.weight.t() if type(base) is Conv1D else base.weight
+
+
+def have_like_inputs(layers: Sequence[Any]) -> bool:
+    return len({(weight.shape[1], weight.dtype) for weight in map(weight_of, layers)}) == 1
+
+
 def forwards_of(layers: Sequence[Any]) -> list[Forward]:
-    """What each of some linear layers, which are given the same inputs, computes with its weights as they are now."""
+    """Functions that compute what the linear layers do with their weights as they are now. All layers are given the
+    same inputs."""
     bases = [getattr(layer, "base_layer", layer) for layer in layers]
-    weights = [base.weight.t() if type(base) is Conv1D else base.weight for base in bases]
+    weights = [weight_of(layer) for layer in layers]
     bias = bases[0].bias
     if len(bases) > 1 and any(base.bias is not None for base in bases):
         zeros = (weight.new_zeros(len(weight)) for weight in weights)
@@ -320,7 +331,10 @@ def forwards_of(layers: Sequence[Any]) -> list[Forward]:
     product = blocked_product(torch.cat(weights) if len(weights) > 1 else weights[0].contiguous(), bias)
     if any(map(is_plain_lora, layers)):
         product = with_adapters(product, layers, weights)
-    return [product] if len(layers) == 1 else SharedProduct(product, [len(weight) for weight in weights]).forwards
+    if len(layers) == 1:
+        return [product]
+    shared = SharedProduct(product, [len(weight) for weight in weights])
+    return [partial(shared.part, index) for index in range(len(layers))]
 
 
 def blocked_product(weight: Tensor, bias: Tensor | None) -> Forward:
@@ -334,7 +348,8 @@ def blocked_product(weight: Tensor, bias: Tensor | None) -> Forward:
 
 
 def with_adapters(base: Forward, layers: Sequence[Any], weights: Sequence[Tensor]) -> Forward:
-    """x -> base(x) + scale B A x of the layers with plain LoRA, as they are now; base(x) while they are disabled."""
+    """x -> base(x) + scale B A x of the layers with plain LoRA, as they are now; base(x) while they are disabled,
+    which PEFT does with all at once."""
     adapted = [layer for layer in layers if is_plain_lora(layer)]
     downs, ups = [], [weight.new_zeros(len(weight), 0) for weight in weights]
     for index, layer in enumerate(layers):
@@ -357,11 +372,10 @@ class SharedProduct:
 
     def __init__(self, product: Forward, outputs: Sequence[int]):
         self.product, self.outputs = product, list(outputs)
-        self.forwards: list[Forward] = [partial(self._part, index) for index in range(len(outputs))]
         self._inputs: Tensor | None = None
         self._parts: dict[int, Tensor] = {}
 
-    def _part(self, index: int, inputs: Tensor) -> Tensor:
+    def part(self, index: int, inputs: Tensor) -> Tensor:
         if inputs is not self._inputs or index not in self._parts:
             self._inputs, self._parts = inputs, self._all(inputs)
         part = self._parts.pop(index)

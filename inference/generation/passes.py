@@ -86,7 +86,7 @@ class Prefixes:
 
 
 def beginnings(rows: Iterable[list[int]]) -> int:
-    """Count the tokens with which rows begin as one before them does."""
+    """Count the tokens that need not be computed again where each beginning is computed once."""
     pairs = (zip(*pair, strict=False) for pair in itertools.pairwise(sorted(rows)))
     return sum(len(list(itertools.takewhile(lambda both: both[0] == both[1], pair))) for pair in pairs)
 

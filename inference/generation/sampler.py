@@ -2,7 +2,7 @@
 nothing else. So batch order, the number of ranks and where a sample runs cannot change what is drawn.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -104,7 +104,7 @@ def sample_tokens(
     key: Key,
     sample: Tensor,  # (rows) int64
     position: Tensor,  # (rows) int64: tokens of the response so far
-    end_ids: Iterable[int],
+    end_ids: Collection[int],
 ) -> tuple[Tensor, Tensor]:
     """Draw one token a row by inverting the cumulative distribution.
 
@@ -120,13 +120,14 @@ def sample_tokens(
 
 
 def rows_at_once(logits: Tensor) -> int:
-    """So many rows of logits, (rows, vocabulary), that what is made of them in fp32 stays in the caches of a CPU."""
+    """So many rows of logits, (rows, vocabulary), that what is made of them in fp32 stays in the caches of a CPU; on a
+    GPU, that it takes at most 256 MiB."""
     at_once = 2**19 if logits.device.type == "cpu" else 2**26
     return max(1, at_once // logits.shape[1])
 
 
 def _sample_some(
-    logits: Tensor, drawn: Tensor, position: Tensor, settings: SamplingSettings, end_ids: Iterable[int]
+    logits: Tensor, drawn: Tensor, position: Tensor, settings: SamplingSettings, end_ids: Collection[int]
 ) -> tuple[Tensor, Tensor]:
     logits = logits.float()
     if settings.min_tokens:

@@ -175,7 +175,7 @@ class Limits:
         return self.slots + self.queue
 
 
-class ServedModel:
+class ModelState:
     """What the event loop knows of one model."""
 
     def __init__(self, model: ChatModel, limits: Limits):
@@ -195,7 +195,7 @@ class ServedModel:
         return min(LONGEST_WAIT, max(1, math.ceil(mean / limits.capacity)))
 
 
-def tokenize(served: ServedModel, request: ChatRequest, wanted: int | None) -> tuple[Prompt, list[int]]:
+def tokenize(served: ModelState, request: ChatRequest, wanted: int | None) -> tuple[Prompt, list[int]]:
     """The prompt, and the tokens of the answer's beginning that the messages end with.
 
     Raises UserError where the chat template refuses the messages.
@@ -210,9 +210,9 @@ class Service:
 
     def __init__(self, models: Mapping[str, ChatModel], limits: Limits):
         self.limits = limits
-        self.served = {name: ServedModel(model, limits) for name, model in models.items()}
+        self.served = {name: ModelState(model, limits) for name, model in models.items()}
         self.is_closing = False
-        self._started: dict[Completion, tuple[ServedModel, float]] = {}
+        self._started: dict[Completion, tuple[ModelState, float]] = {}
         """Those that are drawn or wait, and when they came."""
         self._worker = Worker([served.batch for served in self.served.values()], self._pass_to_loop)
         self._tokenizing = ThreadPoolExecutor(1, "tokenizing")
@@ -240,7 +240,7 @@ class Service:
                     await asyncio.sleep(0.02)
         self._drop_everywhere(waiting_only=False)
 
-    def find(self, name: str) -> ServedModel:
+    def find(self, name: str) -> ModelState:
         if name not in self.served:
             there = " and ".join(self.served)
             raise ApiError(404, f"There is no model '{name[:80]}' here; there is {there}.", "model", "model_not_found")
@@ -282,7 +282,7 @@ class Service:
             served = self._leave(completion)
             self._worker.drop(served.batch, lambda other: other is completion, Failure(499, "The client is gone."))
 
-    async def _completion(self, served: ServedModel, request: ChatRequest) -> Completion:
+    async def _completion(self, served: ModelState, request: ChatRequest) -> Completion:
         wanted = request.wanted_tokens
         if request.truncates:
             wanted = longest_answer(wanted or self.limits.max_tokens, served.batch.context)
@@ -337,7 +337,7 @@ class Service:
                 if completion.is_over:
                     served.seconds.append(time.monotonic() - started)
 
-    def _leave(self, completion: Completion) -> ServedModel:
+    def _leave(self, completion: Completion) -> ModelState:
         served, _ = self._started.pop(completion)
         served.taken -= len(completion.choices)
         return served

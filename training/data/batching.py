@@ -26,7 +26,8 @@ def plan_micro_batches(
     while their tokens stay within `token_budget` (one row always fits). Ranks that run short repeat a row with
     weight 0: under ZeRO-3 a rank that skips a forward pass would leave the others waiting for its weights.
 
-    With `beginnings`, token ids, a micro-batch takes rows that begin alike: packed models compute that once.
+    With `beginnings`, token ids, a micro-batch takes rows that begin alike, which packed models compute once; their
+    lengths may differ widely.
     """
     order = longest_first(lengths)
     shares = deal(order, ranks)

@@ -51,7 +51,8 @@ def train(stage: Stage) -> None:
     scorer.shift, scorer.scale = 0.0, 1.0
     engine = ZeroEngine(scorer, settings.optimizer, stage.dtype, total, stage.ranks, settings.dropout > 0)
     evaluated = stage.token_pairs(held_out[: settings.eval_rows], chat_format)
-    task = RewardTask(stage, engine, pairs, evaluated, runs_packed(model))
+    is_cheap = runs_packed(model) and stage.ranks.device.type == "cpu"  # a GPU may fill rows up to the longest
+    task = RewardTask(stage, engine, pairs, evaluated, scores_by_prompt=is_cheap)
     evaluation = fit(stage, task, settings, total)
 
     scale = task.score_scale() if settings.normalize else {"score_shift": 0.0, "score_scale": 1.0}
@@ -84,10 +85,11 @@ class RewardTask(Task):
         engine: ZeroEngine,
         pairs: list[TokenPair],
         held_out: list[TokenPair],
-        is_packed: bool = False,
+        scores_by_prompt: bool = False,
     ):
+        """`scores_by_prompt`: answers to prompts that begin alike are scored together."""
         self.stage, self.engine, self.pairs, self.held_out = stage, engine, pairs, held_out
-        self.is_packed = is_packed
+        self.scores_by_prompt = scores_by_prompt
         self.settings = stage.config.reward
         self.groups = grouped(pairs, self.settings.by_prompt)
         self.lengths = [tokens_of(group) for group in self._pairs(range(len(self.groups)))]
@@ -168,7 +170,7 @@ class RewardTask(Task):
     ) -> Tensor:
         """Return what `score` gives for rows of these lengths, (rows, ...) as float64; each rank takes a share."""
         ranks, score_of = self.stage.ranks, dict[int, Any]()
-        beginnings = prompts if self.is_packed else None
+        beginnings = prompts if self.scores_by_prompt else None
         plan = plan_micro_batches(lengths, self.stage.config.reward.micro_batch_tokens, ranks.size, beginnings)
         for micro_batch in plan[ranks.rank]:
             scores = score(micro_batch.rows)

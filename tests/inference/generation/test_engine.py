@@ -1,6 +1,8 @@
 """The engine against a plain forward pass of `transformers`: no cache, no padding, one sample at a time."""
 
 import copy
+import weakref
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -497,22 +499,34 @@ def test_layers_that_share_their_inputs_are_one_product(dtype):
     torch.manual_seed(0)
     widths = {"q_proj": 32, "k_proj": 16, "v_proj": 24}
     layers = nn.ModuleDict({name: nn.Linear(48, width, bias=name == "q_proj") for name, width in widths.items()})
+    layers.update(
+        {"gate_proj": nn.Linear(48, 8), "up_proj": nn.Linear(24, 8)}
+    )  # as in cross-attention: not the same inputs
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     adapted = peft.inject_adapter_in_model(config, layers.to(dtype)).eval().to(dtype)
     inputs, others = torch.randn(2, 1, 7, 48).to(dtype)
     with torch.inference_mode():
-        plain, of_others = ({name: layer(x) for name, layer in adapted.items()} for x in (inputs, others))
+        plain, of_others = ({name: adapted[name](x) for name in widths} for x in (inputs, others))
         blocked = BlockedWeights(adapted)
         count = patch.object(SharedProduct, "_all", autospec=True, side_effect=SharedProduct._all)
         with blocked.in_use(), count as computed:
-            together = {name: layer(inputs) for name, layer in adapted.items()}
+            together = {name: adapted[name](inputs) for name in widths}
             assert computed.call_count == 1
             again = {"k_proj": adapted["k_proj"](inputs), "v_proj": adapted["v_proj"](others)}
             assert computed.call_count == 3
-    assert len(blocked.forwards) == 3
+    assert len(blocked.forwards) == 5
     for ours, expected in ((together, plain), (again, {"k_proj": plain["k_proj"], "v_proj": of_others["v_proj"]})):
         for name, values in expected.items():
             assert torch.allclose(ours[name], values, atol=1e-5 if dtype == torch.float32 else 0.05), name
+
+
+def test_blocked_weights_are_gone_with_their_last_name():
+    blocked = BlockedWeights(build_model("llama"))
+    products = {forward.func.__self__ for forward in blocked.forwards.values() if isinstance(forward, partial)}
+    watched = [weakref.ref(product) for product in products]
+    assert len(watched) == 4  # two layers' attention and MLP
+    del products, blocked
+    assert not any(product() for product in watched)
 
 
 def test_an_adapter_that_is_more_than_b_a_keeps_its_own_steps():

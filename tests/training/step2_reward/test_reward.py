@@ -312,7 +312,7 @@ def task(runs, base, one_rank) -> RewardTask:
     scorer = Scorer(load_scorer(base, chat_format, torch.float32)).eval()
     scorer.shift, scorer.scale = 0.0, 1.0
     pairs = [stage.token_pairs(rows, chat_format) for rows in (TRAIN, HELD_OUT)]
-    return RewardTask(stage, scorer, *pairs, is_packed=True)
+    return RewardTask(stage, scorer, *pairs, scores_by_prompt=True)
 
 
 def scale_anew(task: RewardTask) -> dict[str, float]:
