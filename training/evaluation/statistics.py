@@ -179,7 +179,7 @@ class GuardRail:
 KL = GuardRail(
     "kl",
     "KL",
-    "the demo, 3 seeds: 1.6 to 2.0 nats a reply of about 15 tokens",
+    "the demo, 3 seeds: 1.4 to 2.1 nats a reply of about 15 tokens",
     "nats a reply from {against}",
     high=6.0,
     is_ratio=False,
@@ -188,7 +188,7 @@ KL = GuardRail(
 LENGTH = GuardRail(
     "length",
     "Length of answers",
-    "the demo, 3 seeds: 0.98 to 1.03",
+    "the demo, 3 seeds: 0.89 to 1.07",
     "times that of {against}",
     low=0.7,
     high=1.3,
@@ -196,28 +196,28 @@ LENGTH = GuardRail(
 VARIETY = GuardRail(
     "distinct_bigrams",
     "Variety (distinct bigrams)",
-    "the demo, 3 seeds: 0.87 to 0.88",
+    "the demo, 3 seeds: 0.86 to 0.89",
     "times that of {against}",
     low=0.8,
 )
 PERPLEXITY = GuardRail(
     "perplexity_untouched",
     "Perplexity under the untouched model",
-    "the demo, 3 seeds: 0.90 to 1.06",
+    "the demo, 3 seeds: 0.83 to 1.10",
     "times that of {against}",
     high=1.3,
 )
 DEMONSTRATIONS = GuardRail(
     "perplexity_demonstrations",
     "Perplexity of demonstrations",
-    "the demo, seed 1: 1.09",
+    "the demo, seed 1: 1.05",
     "times that of {against}",
     high=1.5,
 )
 MOST_FREQUENT = GuardRail(
     "most_frequent_share",
     "Most frequent answer",
-    "the demo, 3 seeds, 600 prompts: 0.3 % to 0.8 %; an answer that is given once is not too often",
+    "the demo, 3 seeds, 600 prompts: 0.3 % to 0.5 %; an answer that is given once is not too often",
     "of all",
     high=0.03,
     is_ratio=False,
