@@ -499,9 +499,8 @@ def test_layers_that_share_their_inputs_are_one_product(dtype):
     torch.manual_seed(0)
     widths = {"q_proj": 32, "k_proj": 16, "v_proj": 24}
     layers = nn.ModuleDict({name: nn.Linear(48, width, bias=name == "q_proj") for name, width in widths.items()})
-    layers.update(
-        {"gate_proj": nn.Linear(48, 8), "up_proj": nn.Linear(24, 8)}
-    )  # as in cross-attention: not the same inputs
+    # these two have the names of layers that share their inputs, and do not
+    layers.update({"gate_proj": nn.Linear(48, 8), "up_proj": nn.Linear(24, 8)})
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     adapted = peft.inject_adapter_in_model(config, layers.to(dtype)).eval().to(dtype)
     inputs, others = torch.randn(2, 1, 7, 48).to(dtype)
